@@ -1,0 +1,353 @@
+"""Sampling: the reverse process with classifier-free guidance, Algorithm 2 of Ho et al. 2020 and its faster relatives.
+
+    python sample.py --checkpoint runs/run_20250131_120000 --prompts "a small red circle on a white background"
+    torchrun --standalone --nproc_per_node=2 sample.py --checkpoint RUN --prompt-file prompts.txt --guidance-scale 3
+    sbatch slurm/sample.sh --checkpoint RUN --prompts "a dog, running"
+    python sample.py --checkpoint RUN --export FOLDER      # a folder for diffusers' StableDiffusionPipeline.from_pretrained
+
+In Python or a notebook: `from sample import generate; images = generate("runs/run_...", ["a dog"] * 4)`.
+
+Every sampler below is a generator of (x_prev, x_0) pairs, from noise to picture, and needs one thing of the network:
+`denoise(x_t, t)`, its guided estimate of x_0. Where x_0 is clipped, as in pixel space, each sampler derives eps anew
+from the clipped x_0: under guidance the clipped x_0 and the network's own eps contradict each other, and pictures
+built from both get worse with more guidance.
+"""
+import argparse
+import inspect
+import math
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from data import amp_dtype, counter_rng, run_main, setup_ranks
+from models import Model, apply_unet, load_model, make_betas
+
+# Samplers
+
+
+def make_timesteps(num_train_timesteps, steps):
+    """(t, t_prev) pairs from T - 1 down to -1, evenly spaced from the noisy end ("trailing", Lin et al. 2024, Table 2)."""
+    if not 1 <= steps <= num_train_timesteps:
+        raise ValueError(f"--steps {steps}: must be from 1 to the model's {num_train_timesteps} timesteps")
+    t = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)).astype(int) - 1
+    return list(zip(t.tolist(), [*t[1:].tolist(), -1]))
+
+
+def ddpm(denoise, x_t, schedule, timesteps, draw_noise, eta=None):
+    """Ancestral sampling: Ho et al. 2020, Algorithm 2, with the posterior variance of Eq. 7."""
+    for t, t_prev in timesteps:
+        x_0 = denoise(x_t, t)
+        x_t, variance = schedule.posterior(x_0, x_t, t, t_prev)
+        if t_prev >= 0:
+            x_t = x_t + variance.sqrt() * draw_noise()
+        yield x_t, x_0
+
+
+def ddim(denoise, x_t, schedule, timesteps, draw_noise, eta=0.0):
+    """Song et al. 2021, Eq. 12: eta 0 is deterministic, eta 1 has the posterior variance of DDPM (their Eq. 16)."""
+    for t, t_prev in timesteps:
+        x_0 = denoise(x_t, t)
+        eps = schedule.predict_eps(x_0, x_t, t)
+        alpha_bar_prev = schedule.alpha_bar(t_prev, x_t)
+        variance = eta**2 * schedule.posterior(x_0, x_t, t, t_prev)[1]
+        x_t = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - variance).sqrt() * eps
+        if eta > 0 and t_prev >= 0:
+            x_t = x_t + variance.sqrt() * draw_noise()
+        yield x_t, x_0
+
+
+def dpm_solver_2m(denoise, x_t, schedule, timesteps, draw_noise=None, eta=None):
+    """DPM-Solver++ (2M): Lu et al. 2022, Algorithm 2; first order in the first step and in the last, onto x_0."""
+    x_0_last = h_last = None
+    for t, t_prev in timesteps:
+        x_0 = denoise(x_t, t)
+        # At either end h may be infinite (zero SNR, or the clean x_0); every term below then has its finite limit.
+        alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_prev, x_t)
+        h = (alpha_bar_prev.logit() - alpha_bar_t.logit()) / 2          # lambda_prev - lambda_t, lambda = log(SNR) / 2
+        D = x_0
+        if x_0_last is not None and t_prev >= 0:
+            D = x_0 + (x_0 - x_0_last) * h / (2 * h_last)
+        x_t = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt() * x_t - alpha_bar_prev.sqrt() * torch.expm1(-h) * D
+        x_0_last, h_last = x_0, h
+        yield x_t, x_0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_2m}
+
+# Guidance
+
+
+def rescale_guidance(guided, cond, phi):
+    """Guidance rescale: Lin et al. 2024, Eqs. 15 and 16. Brings the guided output's spread back towards the conditional's."""
+    std_cond, std_guided = (x.std(dim=(1, 2, 3), keepdim=True) for x in (cond, guided))
+    return phi * guided * (std_cond / std_guided) + (1 - phi) * guided
+
+
+def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=(0.0, 1.0),
+                    dtype=None):
+    """denoise(x_t, t) -> x_0 by classifier-free guidance, uncond + s (cond - uncond): Ho & Salimans 2022, Eq. 6 with
+    s = w + 1. Both halves go through the network in one call; outside the interval of t / T (Kynkaanniemi et al. 2024),
+    or with s = 1, only the conditional one does. Pixel-space x_0 is clipped to [-1, 1].
+    """
+    T = model.schedule.num_train_timesteps
+    both = torch.cat([negative_emb, text_emb])
+    autocast = torch.autocast(model.device.type, dtype=dtype) if dtype else nullcontext()
+
+    def denoise(x_t, t):
+        guide = guidance_scale != 1 and guidance_interval[0] <= t / T <= guidance_interval[1]
+        x_in, emb = (torch.cat([x_t, x_t]), both) if guide else (x_t, text_emb)
+        with autocast:
+            output = apply_unet(model.unet, model.config, x_in, torch.full((len(x_in),), t, device=x_t.device), emb)
+        output = output.to(x_t.dtype)
+        if guide:
+            uncond, cond = output.chunk(2)
+            output = uncond + guidance_scale * (cond - uncond)
+            if guidance_rescale:
+                output = rescale_guidance(output, cond, guidance_rescale)
+        x_0 = model.schedule.predict_x0(output, x_t, t)
+        return x_0.clamp(-1, 1) if model.codec.is_pixel_space else x_0
+
+    return denoise
+
+
+# Generation
+
+
+@torch.no_grad()
+def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, guidance_scale=2.0, guidance_rescale=0.0,
+             guidance_interval=(0.0, 1.0), eta=0.0, negative_prompt="", batch_size=64, dtype=None, trajectory=False,
+             progress=False):
+    """Pictures for a list of prompts, uint8 (N, c, H, W) on the CPU.
+
+    model: a Model, or the path of a run folder or checkpoint. The starting noise and every later draw of picture i
+    come from (seed, indices[i]) alone (indices: 0, 1, ... by default), so they do not change with the batch size or
+    the number of processes. dtype: autocast dtype of the network, None for float32. With `trajectory` the x_0
+    estimates of all steps are returned as well, a list of uint8 (N, c, H, W).
+    """
+    if not isinstance(model, Model):
+        model = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler}: choose from {', '.join(SAMPLERS)}")
+    if guidance_scale != 1 and model.config.caption_dropout == 0:
+        warnings.warn(f"--guidance-scale {guidance_scale}: the model was trained without caption dropout and knows no "
+                      "empty caption to guide away from; expect poor pictures, or use --guidance-scale 1", stacklevel=2)
+    indices = range(len(prompts)) if indices is None else indices
+    timesteps = make_timesteps(model.schedule.num_train_timesteps, steps)
+    negative_emb = model.text_encoder(model.text_encoder.tokenize([negative_prompt]).to(model.device))
+    pictures, estimates = [], [[] for _ in timesteps]
+    bar = tqdm(total=len(prompts) * steps, unit="step", disable=not progress, desc="sampling")
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        rngs = [counter_rng("sampling", seed, index) for index in indices[part]]
+
+        def draw_noise():
+            eps = np.stack([rng.standard_normal(model.codec.latent_shape, dtype=np.float32) for rng in rngs])
+            return torch.from_numpy(eps).to(model.device)
+
+        text_emb = model.text_encoder(model.text_encoder.tokenize(prompts[part]).to(model.device))
+        denoise = guided_denoiser(model, text_emb, negative_emb.expand_as(text_emb), guidance_scale, guidance_rescale,
+                                  guidance_interval, dtype)
+        for k, (x_t, x_0) in enumerate(SAMPLERS[sampler](denoise, draw_noise(), model.schedule, timesteps, draw_noise, eta)):
+            bar.update(len(rngs))
+            if trajectory:
+                estimates[k].append(to_uint8(model.codec.decode(x_0)))
+        pictures.append(to_uint8(model.codec.decode(x_t)))
+    bar.close()
+    pictures = torch.cat(pictures) if pictures else torch.empty(0, model.config.image_channels, model.config.resolution,
+                                                                model.config.resolution, dtype=torch.uint8)
+    return (pictures, [torch.cat(parts) for parts in estimates]) if trajectory else pictures
+
+
+def generate_sharded(model, prompts, ranks, **kwargs):
+    """The same pictures, each drawn by one rank and given to all: picture i belongs to rank i mod world_size."""
+    mine = list(range(ranks.rank, len(prompts), ranks.world_size))
+    parts = ranks.gather(generate(model, [prompts[i] for i in mine], indices=mine, **kwargs))
+    pictures = torch.empty(len(prompts), *parts[0].shape[1:], dtype=torch.uint8)
+    for rank, part in enumerate(parts):
+        pictures[rank::ranks.world_size] = part
+    return pictures
+
+
+def to_uint8(images):
+    """[-1, 1] to uint8 [0, 255], rounded, on the CPU."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def to_pil(picture):
+    """uint8 (c, H, W) to a PIL image."""
+    array = picture.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def make_grid(pictures, captions=None, columns=None, cell=None):
+    """One PIL image with all pictures (N, c, H, W) uint8 in rows, each with its caption below, small ones enlarged."""
+    side = pictures.shape[-1]
+    cell = cell or side * max(1, round(128 / side))
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    rows, gap, line, letters = math.ceil(len(pictures) / columns), 8, 12, max(1, cell // 6)
+    wrapped = [wrap(caption, letters)[:4] for caption in captions or []]
+    text_height = line * max(map(len, wrapped), default=0)
+    grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + text_height) + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, picture in enumerate(pictures):
+        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + gap + text_height)
+        grid.paste(to_pil(picture).resize((cell, cell), Image.NEAREST), (x, y))
+        draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline="lightgray")
+        for k, text in enumerate(wrapped[i] if captions else []):
+            draw.text((x, y + cell + 1 + k * line), text, fill="black", font_size=10)
+    return grid
+
+
+def make_strip(model, prompt, length=10, **how):
+    """One PIL image of the first picture's way from noise to picture: `length` of its x_0 estimates, drawn as `generate` does."""
+    _, estimates = generate(model, [prompt], trajectory=True, **how)
+    chosen = np.linspace(0, len(estimates) - 1, min(len(estimates), length)).round().astype(int)
+    return make_grid(torch.cat([estimates[k] for k in chosen]), [f"step {k + 1}" for k in chosen], columns=5)
+
+
+def wrap(text, width):
+    """The text in lines of at most `width` characters where its words allow."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+# Export
+
+
+def export_pipeline(model, folder, sampler="ddim"):
+    """Write a folder that diffusers.StableDiffusionPipeline.from_pretrained loads, in safetensors and float32, and that
+    draws our pictures from our noise: those of `ddim` with eta 0, which is DPM-Solver++ of first order (Lu et al.
+    2022), or those of `dpm++`, its second. diffusers' own DDIM steps evenly, and so fits only where --steps divides T.
+
+    Raises: ValueError where that pipeline cannot express the model.
+    """
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline  # seconds, which nothing else needs
+    config, text_encoder, codec = model.config, model.text_encoder, model.codec
+    for wrong, reason in (
+            (codec.is_pixel_space, "the model draws pixels, and that pipeline draws with a VAE; train with --vae"),
+            (config.pooled_text, "it has no input for the pooled text (class_labels); train with --no-pooled-text"),
+            (not codec.is_pixel_space and codec.shift, "it ignores the VAE's shift_factor; train with another --vae"),
+            (sampler == "ddpm", "its scheduler here is --sampler ddim or dpm++; choose one of them")):
+        if wrong:
+            raise ValueError(f"--export {folder}: not for StableDiffusionPipeline: {reason}, or draw with sample.py")
+    betas = make_betas(config.beta_schedule, config.num_train_timesteps)
+    scheduler = DPMSolverMultistepScheduler(
+        config.num_train_timesteps, betas[0].item(), betas[-1].item(), prediction_type=config.prediction_type,
+        beta_schedule="squaredcos_cap_v2" if config.beta_schedule == "cosine" else config.beta_schedule,
+        rescale_betas_zero_snr=config.zero_terminal_snr, timestep_spacing="trailing", steps_offset=1,
+        solver_order=1 + (sampler == "dpm++"))
+    text_encoder.tokenizer.model_max_length = config.token_length   # to which the pipeline pads
+    text_encoder.clip.config.use_attention_mask = False             # as in training
+    folder.mkdir(parents=True, exist_ok=True)
+    StableDiffusionPipeline(codec.vae, text_encoder.clip, text_encoder.tokenizer, model.unet, scheduler, safety_checker=None,
+                            feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+
+
+# Command line
+
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
+SAMPLING_FLAGS = ("seed", "sampler", "steps", "guidance_rescale", "guidance_interval", "eta", "negative_prompt", "batch_size")
+
+def add_sampling_flags(parser):
+    """The flags that say how pictures are drawn, with generate()'s defaults; evaluate.py shares them."""
+    group = parser.add_argument_group("sampling")
+    group.set_defaults(**{name: DEFAULTS[name] for name in SAMPLING_FLAGS})
+    group.add_argument("--sampler", choices=SAMPLERS, help="dpm++ is DPM-Solver++ 2M (default: %(default)s)")
+    group.add_argument("--steps", type=int, help="network evaluations per picture (default: %(default)s)")
+    group.add_argument("--guidance-rescale", type=float, help="phi of Lin et al. 2024, 0 to 1 (default: %(default)s, off)")
+    group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="guide only where t / T lies between these (default: everywhere)")
+    group.add_argument("--eta", type=float, help="DDIM's eta, 0 deterministic to 1 (default: %(default)s)")
+    group.add_argument("--negative-prompt", help="guide away from this text instead of the empty caption")
+    group.add_argument("--seed", type=int, help="picture i is a function of the seed and i (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, help="pictures at a time on each process (default: %(default)s)")
+    group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights to use (default: %(default)s)")
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype of the network")
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+
+
+def check_sampling_flags(args):
+    """Raises: ValueError that names the flag."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must not be negative")
+
+
+def sampling_settings(args):
+    """generate()'s keyword arguments from the flags, all but the guidance scale."""
+    return {name: getattr(args, name) for name in SAMPLING_FLAGS}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Draw pictures for prompts with a trained model.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a checkpoint file")
+    parser.add_argument("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
+    parser.add_argument("--prompt-file", type=Path, help="a text file with one prompt per line")
+    parser.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
+    parser.add_argument("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"],
+                        help="s in uncond + s (cond - uncond); 1 is off (default: %(default)s)")
+    parser.add_argument("--steps-strip", action="store_true", help="also draw the first picture's way from noise to picture")
+    parser.add_argument("--output", type=Path, help="folder for the pictures (default: samples_TIME beside the checkpoint)")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the model for diffusers' StableDiffusionPipeline")
+    add_sampling_flags(parser)
+    args = parser.parse_args()
+    if args.prompt_file:
+        if not args.prompt_file.is_file():
+            raise FileNotFoundError(f"--prompt-file {args.prompt_file}: no such file")
+        args.prompts += [line.strip() for line in args.prompt_file.read_text("utf-8").splitlines() if line.strip()]
+    if not args.prompts and not args.export:
+        raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
+    if args.images_per_prompt < 1:
+        raise ValueError(f"--images-per-prompt {args.images_per_prompt}: must be at least 1")
+    check_sampling_flags(args)
+    return args
+
+
+def save_png(picture, path, **record):
+    """A PNG that carries how it was made in its text chunks."""
+    info = PngInfo()
+    for key, value in record.items():
+        info.add_itxt(key, str(value))
+    to_pil(picture).save(path, pnginfo=info)
+
+
+def main():
+    args = parse_args()
+    ranks = setup_ranks(args.device)
+    model = load_model(args.checkpoint, ranks.device, args.weights)
+    if args.export and ranks.is_main:
+        export_pipeline(model, args.export, args.sampler)
+        print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")
+    if not args.prompts:
+        return
+    prompts = [prompt for prompt in args.prompts for _ in range(args.images_per_prompt)]
+    how = dict(sampling_settings(args), guidance_scale=args.guidance_scale)
+    dtype = amp_dtype(args.amp, ranks.device)
+    pictures = generate_sharded(model, prompts, ranks, progress=ranks.is_main, dtype=dtype, **how)
+    if ranks.is_main:
+        checkpoint = Path(model.source["checkpoint"])
+        output = args.output or checkpoint.parent / time.strftime("samples_%Y%m%d_%H%M%S")
+        output.mkdir(parents=True, exist_ok=True)
+        for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
+            save_png(picture, output / f"{i:05d}.png", prompt=prompt, index=i, **how, **model.source)
+        make_grid(pictures, prompts).save(output / "grid.png")
+        if args.steps_strip:
+            make_strip(model, prompts[0], dtype=dtype, **how).save(output / "steps.png")
+        print(f"{len(pictures)} pictures in {output} (grid.png shows all)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,726 @@
+"""Training: Algorithm 1 of Ho et al. 2020 in the latent space of a frozen VAE, on any number of GPUs.
+
+    python train.py                                                     # built-in pictures, one process
+    torchrun --standalone --nproc_per_node=2 train.py                   # two processes (GPUs, or CPUs where there is none)
+    torchrun --standalone --nproc_per_node=2 train.py --data flickr8k   # a folder or .zip of captioned images
+    torchrun --standalone --nproc_per_node=2 train.py --resume runs/run_20250131_120000
+    sbatch slurm/train.sh --data flickr8k
+
+One step: draw images and captions, encode both with the frozen networks, draw t and eps, and move the UNet's output
+towards its target at x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. `step` counts optimizer updates, and
+--batch-size is global: the sum over processes and accumulation steps.
+"""
+import argparse
+import fcntl
+import json
+import math
+import os
+import resource
+import shlex
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data import (
+    LatentCache,
+    Pictures,
+    Samples,
+    ShardedBatches,
+    StopRequest,
+    UnreadableImage,
+    amp_dtype,
+    distinct_captions,
+    hash_of,
+    hash_of_weights,
+    is_builtin,
+    loader_workers,
+    make_loader,
+    open_source,
+    run_main,
+    setup_ranks,
+    split_images,
+    to_device,
+    to_unit_range,
+    validation_batches,
+    vocabulary,
+)
+from models import (
+    BETA_SCHEDULES,
+    EMA,
+    PREDICTION_TYPES,
+    PRESETS,
+    ModelConfig,
+    apply_unet,
+    build_model,
+    find_checkpoints,
+    load_checkpoint,
+    load_parameters,
+    load_unet_weights,
+    prune_checkpoints,
+    read_unet_config,
+    save_checkpoint,
+    write_atomically,
+)
+from sample import generate_sharded, make_grid, make_strip
+
+# What suits each preset; every value can be overridden by its flag.
+TRAINING_DEFAULTS = {
+    "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay", ema_decay=0.998,
+                 min_snr_gamma=5.0, snr_floor=1.0),
+    "standard": dict(epochs=100, batch_size=128, lr=2e-4, warmup_steps=1000, lr_schedule="cosine", ema_decay=0.9999,
+                     min_snr_gamma=5.0, snr_floor=None),
+    "large": dict(epochs=100, batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant", ema_decay=0.9999,
+                  min_snr_gamma=5.0, snr_floor=None),
+}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description="Train a text-to-image latent diffusion model.")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="shapes",
+                      help='folder or .zip of captioned images, or the built-in "shapes" (default) or "shapes-hard"')
+    data.add_argument("--caption-template", default="a photo of a {}", help="caption for data with one sub-folder per class")
+    data.add_argument("--max-bad-images", type=float, default=0.01, metavar="SHARE",
+                      help="stop where more of the images are missing or cannot be read (default: %(default)s)")
+    data.add_argument("--val-fraction", type=float, default=0.05, help="share of images held out for validation")
+    data.add_argument("--random-crop", action="store_true", help="crop at random along the long side (default: centre)")
+    data.add_argument("--flip", action="store_true", help='mirror half of the images; off because captions say "left"')
+    data.add_argument("--cache-latents", nargs="?", const="", metavar="FOLDER",
+                      help="encode every image with the VAE once, into files below this folder (default: beside the data)")
+    data.add_argument("--workers", type=int, help="loader processes per rank (default: the job's cores less one per rank; "
+                                                  "0 for built-in pictures)")
+
+    model = parser.add_argument_group("model (kept in the checkpoint; defaults from the preset)")
+    model.add_argument("--preset", choices=PRESETS, help="tiny for built-in pictures, else standard, unless given")
+    model.add_argument("--init-unet", help="start from the architecture and weights of a diffusers UNet or pipeline, hub id "
+                       "or folder; give its own --text-encoder, --vae, --beta-schedule and --prediction-type too")
+    model.add_argument("--resolution", type=int, help="side of the square images, in pixels")
+    model.add_argument("--image-channels", type=int, choices=(1, 3), help="1 for greyscale, with --vae none")
+    model.add_argument("--text-encoder", help="CLIP text model: hub id or local folder")
+    model.add_argument("--token-length", type=int, help="tokens per caption, 16 to 77")
+    model.add_argument("--pooled-text", action=argparse.BooleanOptionalAction,
+                       help="add the mean token feature to the timestep embedding")
+    model.add_argument("--vae", help='hub id or local folder of an AutoencoderKL or AutoencoderTiny, or "none" for pixel space')
+    model.add_argument("--pixel-unshuffle", type=int, help="in pixel space, fold p x p pixels into the channels")
+    model.add_argument("--num-train-timesteps", type=int, help="T")
+    model.add_argument("--beta-schedule", choices=BETA_SCHEDULES)
+    model.add_argument("--zero-terminal-snr", action=argparse.BooleanOptionalAction, help="rescale the betas (Lin et al. 2024)")
+    model.add_argument("--prediction-type", choices=PREDICTION_TYPES)
+    model.add_argument("--caption-dropout", type=float, help="share of captions emptied, for classifier-free guidance")
+
+    optim = parser.add_argument_group("optimization (defaults from the preset)")
+    optim.add_argument("--epochs", type=int)
+    optim.add_argument("--batch-size", type=int, help="images per optimizer update, over all processes")
+    optim.add_argument("--accumulation", type=int, default=1, help="micro-batches per update (default: %(default)s)")
+    optim.add_argument("--lr", type=float, help="AdamW's peak learning rate")
+    optim.add_argument("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
+    optim.add_argument("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: linear to 0 over the last fifth")
+    optim.add_argument("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"))
+    optim.add_argument("--weight-decay", type=float, default=0.01)
+    optim.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the global gradient norm (default: %(default)s)")
+    optim.add_argument("--min-snr-gamma", type=float, help="upper clamp of the SNR as weight of the x_0 error (Hang et al. 2023)")
+    optim.add_argument("--snr-floor", type=float, help="lower clamp of the same (Salimans & Ho 2022)")
+    optim.add_argument("--ema-decay", type=float)
+    optim.add_argument("--max-bad-steps", type=int, default=20, metavar="N",
+                       help="stop after so many skipped updates in a row: loss or gradient not finite (default: %(default)s)")
+    optim.add_argument("--seed", type=int, default=0)
+
+    system = parser.add_argument_group("system")
+    system.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+                        help="autocast dtype; auto: bf16 on GPUs that have it, fp16 on older ones, off on CPUs")
+    system.add_argument("--compile", action="store_true", help="torch.compile the UNet")
+    system.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    system.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--resume", metavar="RUN", help="go on from a run folder's newest checkpoint, or from a checkpoint file; "
+                                                     "all other flags are taken from it unless given")
+    run.add_argument("--runs", default="runs", help="where run folders are made (default: %(default)s)")
+    run.add_argument("--name", help="appended to the run folder's name")
+    run.add_argument("--folder", metavar="RUN", help="the run folder itself: made where it is missing, and where it holds "
+                                                     "checkpoints already, the run goes on from the newest")
+    run.add_argument("--max-steps", type=int, help="stop and save after this many updates in all; --resume goes on")
+    run.add_argument("--time-limit", type=float, metavar="MINUTES",
+                     help="stop and save after this long (default: shortly before the end of a Slurm job)")
+    run.add_argument("--preflight", action="store_true", help="check all that the run needs, in a few minutes, and exit")
+    run.add_argument("--save-every", type=int, default=1, metavar="N", help="epochs between checkpoints (default: %(default)s)")
+    run.add_argument("--keep-last", type=int, default=3, metavar="K", help="newest checkpoints to keep (default: %(default)s)")
+    run.add_argument("--keep-every", type=int, default=0, metavar="M", help="also keep every M-th epoch's checkpoint, 0 for none")
+    run.add_argument("--sample-every", type=int, default=1, metavar="N", help="epochs between sample grids, 0 for none")
+    run.add_argument("--sample-prompts", nargs="+", metavar="TEXT", help="prompts of the grids (default: validation captions)")
+    run.add_argument("--sample-guidance", type=float, default=2.0, help="guidance scale of the grids (default: %(default)s)")
+    run.add_argument("--log-every", type=int, default=20, metavar="N", help="updates between log points (default: %(default)s)")
+    return parser
+
+
+MODEL_FLAGS = ("resolution", "image_channels", "text_encoder", "token_length", "pooled_text", "vae", "pixel_unshuffle",
+               "num_train_timesteps", "beta_schedule", "zero_terminal_snr", "prediction_type", "caption_dropout")
+
+
+def parse_args(argv=None):
+    """(args, ModelConfig, checkpoint payload or None, its path or None). Flags given by hand win over those of a resumed
+    run, and these over the preset's defaults; a resumed run's model and sample order cannot be changed."""
+    parser = make_parser()
+    first = parser.parse_args(argv)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (first.folder or first.resume):
+        raise ValueError("torchrun --max-restarts: restarted processes find their run by its name; add --folder RUN")
+    payload = path = None
+    resume = first.folder if first.folder and find_checkpoints(first.folder) else first.resume
+    if resume:
+        payload, path = load_checkpoint(resume)
+        parser.set_defaults(**payload["args"])
+    else:
+        preset = first.preset or ("tiny" if is_builtin(first.data) else "standard")
+        parser.set_defaults(preset=preset, **TRAINING_DEFAULTS[preset])
+    args = parser.parse_args(argv)
+    config = make_config(args)
+    if args.init_unet and not payload:
+        config = replace(config, unet=read_unet_config(args.init_unet))
+    if payload:
+        stored = ModelConfig.from_dict(payload["config"])
+        for name in MODEL_FLAGS:
+            if getattr(config, name) != getattr(stored, name):
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: the checkpoint {path} has "
+                                 f"{getattr(stored, name)}; leave the flag out, or start a new run without --resume")
+        for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet"):
+            if getattr(args, name) != payload["args"].get(name):
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run was started with "
+                                 f"{payload['args'].get(name)}, which fixes its model or samples; leave the flag out")
+        config = stored
+    for name in ("epochs", "accumulation", "save_every", "keep_last", "log_every", "max_bad_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must not be negative")
+    if not 0 <= args.val_fraction < 1:
+        raise ValueError(f"--val-fraction {args.val_fraction}: must be at least 0 and below 1")
+    return args, config, payload, path
+
+
+def make_config(args):
+    """The preset with the given model flags. The built-in text encoder knows the built-in captions' words and no others."""
+    given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
+    if args.data == "shapes-hard":
+        given.setdefault("resolution", 64)   # two things a picture need the room
+    config = replace(PRESETS[args.preset], **given)
+    if config.text_encoder != "builtin":
+        return config
+    if is_builtin(args.data):
+        return replace(config, builtin_words=vocabulary())
+    if args.text_encoder == "builtin":
+        raise ValueError("--text-encoder builtin: it only knows the words of the built-in pictures; "
+                         "name a CLIP text model for your own data")
+    return replace(config, text_encoder=ModelConfig.text_encoder)
+
+
+def autocast(device, dtype):
+    """torch.autocast, or nothing where dtype is None (float32)."""
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def clean_latents(codec, batch):
+    """x_0 (B, C, h, w): a draw from the posterior of the batch's images, which are encoded now or were long ago."""
+    if "images" in batch:
+        return codec.encode(to_unit_range(batch["images"]), batch.get("posterior_eps"))
+    mean, std = batch["moments"].float().unbind(dim=1)
+    return mean + std * batch["posterior_eps"]
+
+
+def diffusion_loss(unet, model, batch, min_snr_gamma=None, snr_floor=None):
+    """Each sample's weighted squared error, (B,) float32: the inside of Algorithm 1, Ho et al. 2020."""
+    x_0 = clean_latents(model.codec, batch)                                                         # (B, C, h, w)
+    text_emb = model.text_encoder(batch["tokens"])                                                  # (B, L, D)
+    t, eps = batch["t"], batch["eps"]
+    x_t = model.schedule.add_noise(x_0, eps, t)
+    output = apply_unet(unet, model.config, x_t, t, text_emb)
+    error = (output.float() - model.schedule.target(x_0, eps, t)).square().mean(dim=(1, 2, 3))
+    return model.schedule.loss_weight(t, min_snr_gamma, snr_floor) * error
+
+
+def learning_rate(step, total_steps, args):
+    """The learning rate of update number `step`, from 0: a pure function, so there is no scheduler state to save."""
+    lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+    if args.lr_schedule == "cosine":
+        lr *= (1 + math.cos(math.pi * min(1, step / total_steps))) / 2
+    elif args.lr_schedule == "decay":
+        lr *= max(0, min(1, (total_steps - step) / (0.2 * total_steps)))
+    return lr
+
+
+def clip_gradients(parameters, max_norm):
+    """Scale the gradients down to the global norm max_norm where it is larger; returns their norm before.
+
+    On a GPU the factor is always applied, as looking would synchronise; on a CPU looking is free and mostly saves the work.
+    """
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.is_cuda or norm > max_norm:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def validate(model, loader, ranks, dtype, parts=5):
+    """Mean unweighted error over the fixed validation samples, each with its own fixed t and eps, and the means over those
+    of each fifth of [0, T): early ones (small t) are about detail, late ones about composition. {TensorBoard tag: value}."""
+    T = model.schedule.num_train_timesteps
+    sums = torch.zeros(2, parts, dtype=torch.float64, device=ranks.device)   # errors and samples
+    for batch in loader:
+        batch = to_device(batch, ranks.device)
+        with autocast(ranks.device, dtype):
+            error = diffusion_loss(model.unet, model, batch).double()
+        sums.index_add_(1, batch["t"] * parts // T, torch.stack([error, torch.ones_like(error)]))
+    ranks.sum(sums)
+    total, count = sums.sum(dim=1).tolist()
+    return {"epoch/validation_loss": total / count} | {
+        f"validation_by_t/{k * T // parts:04d}-{(k + 1) * T // parts:04d}": total / count
+        for k, (total, count) in enumerate(sums.T.tolist()) if count}
+
+
+def prepare_network(args, unet, ranks):
+    """The UNet as the loop calls it: with the switches for speed and memory and, with several processes, wrapped in DDP."""
+    if ranks.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)   # the layout of the tensor cores' convolutions
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.compile:
+        unet.compile()   # the module's own: state-dict names stay clean
+    if ranks.world_size == 1:
+        return unet
+    return DistributedDataParallel(unet, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
+
+
+def make_run_folder(args, checkpoint_path, ranks):
+    """--folder, or the folder of the resumed run, or a new runs/run_YYYYmmdd_HHMMSS[_name]; the same on every rank."""
+    if args.folder or checkpoint_path:
+        folder = Path(args.folder or checkpoint_path.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = None
+    if ranks.is_main:
+        stem = time.strftime("run_%Y%m%d_%H%M%S") + (f"_{args.name}" if args.name else "")
+        for suffix in ["", *(f"_{k}" for k in range(2, 1000))]:   # jobs of one array start in the same second
+            folder = Path(args.runs) / (stem + suffix)
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+    return ranks.gather(folder)[0]
+
+
+def take_over(folder):
+    """Lock the run folder for as long as this process lives and the returned file is held, and remove what a killed run left
+    half-written. A POSIX lock ends with its process, however that ends; loader workers do not inherit it; NFS has it."""
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"--folder {folder}: another job is training in this folder; stop it, or name another") from None
+    except OSError as error:
+        warnings.warn(f"--folder {folder}: this file system has no locks ({error}), so see to it that only one job uses it",
+                      stacklevel=2)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    return lock
+
+
+@contextmanager
+def tolerate_disk_faults(what, writer=None):
+    """A disk that is full or gone costs the run what is written within the block, and no more. It is said, once for each
+    text; a SummaryWriter, whose thread does not survive, begins a new file the next time."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not be written ({error}); training goes on", stacklevel=1)
+        if writer:
+            writer.file_writer = writer.all_writers = None
+
+
+def stop_time(minutes):
+    """The Unix time at which to stop and save: so many minutes from now; by default, in a Slurm job, five minutes before
+    its end or after nine tenths of what is left of it, whichever is later."""
+    if minutes is not None:
+        return time.time() + 60 * minutes
+    left = float(os.environ.get("SLURM_JOB_END_TIME") or math.inf) - time.time()
+    return time.time() + max(left - 300, 0.9 * left)
+
+
+def print_startup_table(args, model, data, ranks, folder, dtype):
+    """What runs where, and what it takes."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    devices = ranks.gather(f"{ranks.device} ({name}) on {os.uname().nodename}")
+    if not ranks.is_main:
+        return
+    trainable = sum(p.numel() for p in model.unet.parameters())
+    frozen = sum(p.numel() for net in (model.text_encoder, model.codec) for p in net.parameters())
+    per_process = args.batch_size // ranks.world_size
+    rows = [(f"rank {rank}", device) for rank, device in enumerate(devices)] + [
+        ("run folder", folder),
+        ("data", f"{args.data}: {len(data.train_images):,} training and {len(data.val_images):,} validation images, "
+                 f"{model.config.resolution} px"),
+        ("batch", f"{args.batch_size} = {ranks.world_size} processes x {args.accumulation} micro-batches x "
+                  f"{per_process // args.accumulation}"),
+        ("length", f"{args.epochs} epochs x {data.batches.steps_per_epoch} steps"),
+        ("UNet", f"{trainable / 1e6:.1f} M parameters, input {' x '.join(map(str, model.codec.latent_shape))}, "
+                 f"predicts {model.config.prediction_type}"),
+        ("frozen", f"{frozen / 1e6:.1f} M parameters: text encoder {model.config.text_encoder}, VAE {model.config.vae}"),
+        ("precision", "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} autocast, float32 weights"),
+        ("memory per process", f"{(trainable * 5 + frozen) * 4 / 2**30:.2f} GiB before activations: weights, gradients, "
+                               "Adam's two moments, EMA and frozen networks, float32")]
+    print("\n".join(f"{key:>18}  {value}" for key, value in rows), flush=True)
+
+
+class TrainingData:
+    """The data as this rank sees it. Opened before the networks are loaded, so that a mistake shows at once."""
+
+    def __init__(self, args, config, ranks):
+        self.source = open_source(args.data, config, args.caption_template, args.max_bad_images)
+        self.train_images, self.val_images = split_images(len(self.source), args.val_fraction)
+        self.batches = ShardedBatches(self.train_images, args.batch_size, ranks, args.accumulation, args.seed)
+        shown = (self.val_images if len(self.val_images) else self.train_images)[:16]
+        self.max_bad, self.unreadable, self.named = args.max_bad_images, set(), set()   # image numbers: this rank's, all ranks'
+        self.prompts = args.sample_prompts or [self.source.captions(i)[0] for i in shown]   # of the sample grids
+        self.latents = None
+        if args.cache_latents is not None and config.vae == "none":
+            raise ValueError("--cache-latents: --vae none has no latents to cache; leave one of the two out")
+        if args.cache_latents is not None and args.random_crop:
+            raise ValueError("--cache-latents: with --random-crop every visit has other latents; leave one of the two out")
+
+    def cache_latents(self, args, model, ranks):
+        """Encode all images once, or find them encoded. The folder's name is a hash of all that the latents depend on."""
+        codec, side = model.codec, model.config.resolution
+
+        def image(i):
+            try:
+                return self.source.image(i, 3, side)
+            except UnreadableImage:   # then its place in the cache says so, and training replaces it
+                return None
+
+        pictures = Pictures(len(self.source), image, self.source.content)
+        made_of = dict(images=hash_of(pictures.contents(ranks)), resolution=side, crop="centre", flips=1 + args.flip,
+                       vae=hash_of_weights(codec.vae), scale=codec.scale, shift=codec.shift, dtype="float16")
+        folder = Path(args.cache_latents or Path(args.data).parent) / f"latents_{hash_of([made_of])[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        cache = LatentCache(folder, pictures.count, 1 + args.flip, codec.latent_shape)
+        self.latents = cache.build(pictures, lambda images: codec.moments(to_unit_range(images)), write_atomically, ranks)
+
+    def make_loaders(self, args, model, ranks):
+        """The training and validation loaders, given the tokenizer and the latent shape."""
+        workers = args.workers
+        if workers is None:
+            workers = 0 if is_builtin(args.data) else loader_workers(ranks)
+        captions = distinct_captions(self.source, 2**30 // (4 * model.config.token_length * model.text_encoder.width))
+        if captions:   # their features fit into 1 GiB
+            model.text_encoder.remember([*captions, ""])
+        common = dict(source=self.source, tokenize=model.text_encoder.tokenize, config=model.config,
+                      latent_shape=model.codec.latent_shape, latents=self.latents)
+        samples = Samples(**common, seed=args.seed, random_crop=args.random_crop, flip=args.flip, images=self.train_images)
+        self.loader = make_loader(samples, self.batches, ranks.device, workers)
+        self.val_loader = make_loader(Samples(**common, validation=len(self.val_images), images=self.val_images),
+                                      validation_batches(self.val_images, self.batches.micro_batch, ranks), ranks.device)
+
+
+    def watched(self, loader):
+        """The loader's batches, without the numbers of unreadable images that they carry: those are kept."""
+        for batch in loader:
+            self.unreadable.update(batch.pop("unreadable").tolist())
+            yield batch
+
+    def check_images(self, ranks):
+        """Name the unreadable images that any rank has met, each once. Raises: ValueError where they are too many."""
+        new = set().union(*ranks.gather(self.unreadable - self.named))
+        self.named |= new
+        share = f"{len(self.named)} of {len(self.source)} images"
+        if len(self.named) > self.max_bad * len(self.source):
+            raise ValueError(f"--max-bad-images {self.max_bad}: {share} cannot be read; repair or remove "
+                             f"{', '.join(repr(self.source.names[i]) for i in sorted(self.named)[:100])}")
+        if new and ranks.is_main:
+            tqdm.write(f"warning: {share} replaced so far by the next that can be read, new among them: "
+                       f"{', '.join(repr(self.source.names[i]) for i in sorted(new))}", file=sys.stderr)
+
+
+@dataclass
+class TrainingState:
+    """What training changes, and so what a checkpoint holds."""
+
+    unet: torch.nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    sums: torch.Tensor                    # of the epoch's updates so far: loss, gradient norm, their number; this rank's part
+    epoch: int = 0                        # finished epochs
+    step: int = 0                         # optimizer updates so far
+    step_in_epoch: int = 0
+    epoch_losses: list = field(default_factory=list)
+
+    @classmethod
+    def start(cls, unet, args, device, dtype):
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=tuple(args.adam_betas),
+                                      weight_decay=args.weight_decay, fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        return cls(unet, EMA(unet, args.ema_decay), optimizer, scaler, torch.zeros(3, dtype=torch.float64, device=device))
+
+    def restore(self, payload, is_main):
+        """Continue from a checkpoint's payload. The main rank carries on the sums of all: a float64 sum of float32 losses
+        is exact, so the epoch's mean does not depend on who added what."""
+        load_parameters(self.unet, payload["unet"])
+        for name, average in self.ema.parameters.items():
+            average.copy_(payload["ema"][name])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.scaler.load_state_dict(payload["scaler"])
+        self.epoch, self.step, self.step_in_epoch = payload["epoch"], payload["step"], payload["step_in_epoch"]
+        self.epoch_losses = payload["epoch_losses"]
+        self.sums += torch.tensor(payload["sums"], dtype=torch.float64).to(self.sums) if is_main else 0
+
+    def check_ranks(self, ranks):
+        """Raises: ValueError where ranks have come apart in weights, EMA, optimizer or step, down to the last bit."""
+        moments = chain.from_iterable(state.values() for state in self.optimizer.state.values())
+        total = sum(tensor.detach().view(torch.int32).sum().to(self.sums.device)
+                    for tensor in chain(self.unet.parameters(), self.ema.parameters.values(), moments))
+        totals = ranks.gather((self.step, total.item()))
+        if apart := [rank for rank, theirs in enumerate(totals) if theirs != totals[0]]:
+            raise ValueError(f"step {self.step}: rank(s) {apart} hold other weights than rank 0, by a faulty device or different "
+                             "files or software on the nodes; go on from the last checkpoint with --resume")
+
+    def save(self, folder, ranks, keep=(1, 0), tries=1, **more):
+        """Write checkpoint_epochEEEE_stepSSSSSSSS.pt from the main rank and prune the ones before; called by all.
+
+        Where it cannot be written the older ones stay; the last of several tries, ten seconds apart, raises OSError.
+        """
+        self.check_ranks(ranks)
+        sums, saved = ranks.sum(self.sums.clone()).tolist(), False
+        if ranks.is_main:
+            payload = dict(unet=self.unet.state_dict(), ema=self.ema.parameters, optimizer=self.optimizer.state_dict(),
+                           scaler=self.scaler.state_dict(), epoch=self.epoch, step=self.step, sums=sums,
+                           step_in_epoch=self.step_in_epoch, epoch_losses=self.epoch_losses, processes=ranks.world_size, **more)
+            path = folder / f"checkpoint_epoch{self.epoch:04d}_step{self.step:08d}.pt"
+            for wait in [10] * (tries - 1) + [0]:
+                with tolerate_disk_faults(f"checkpoint {path}"):
+                    folder.mkdir(exist_ok=True)
+                    save_checkpoint(payload, path)
+                    saved = True
+                    prune_checkpoints(path, *keep)
+                if saved:
+                    break
+                time.sleep(wait)
+        # Nobody leaves before the file is there: one process that ends may take the others with it.
+        if not ranks.gather(saved)[0] and tries > 1:
+            raise OSError(f"step {self.step}: not saved in {tries} tries; make room for {folder} and go on with --resume")
+
+
+class StepLog:
+    """Sums on the device over the steps since the last report; one all-reduce and one synchronisation a report."""
+
+    def __init__(self, writer, ranks, batch_size):
+        self.writer, self.ranks, self.batch_size = writer, ranks, batch_size
+        self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)   # loss, gradient norm, updates
+        self.bad_in_a_row = 0
+        self.restart()
+
+    def restart(self):
+        self.sums.zero_()
+        self.bad = []   # for each step, on the device, whether its update was skipped
+        self.steps, self.data_seconds, self.since = 0, 0.0, time.perf_counter()
+
+    def report(self, step, lr, max_bad_steps, quiet):
+        """Write the means since the last report to TensorBoard; returns a short text for the progress bar.
+
+        Names the skipped updates unless `quiet`. Raises: ValueError after max_bad_steps in a row, on all ranks."""
+        loss, grad_norm = (self.ranks.sum(self.sums)[:2] / self.sums[2]).tolist()
+        seconds = time.perf_counter() - self.since
+        skipped = [step + 1 - self.steps + k for k, bad in enumerate(torch.stack(self.bad).tolist()) if bad]
+        for number in range(step + 1 - self.steps, step + 1):
+            self.bad_in_a_row = self.bad_in_a_row + 1 if number in skipped else 0
+            if self.bad_in_a_row >= max_bad_steps:
+                newest = find_checkpoints(self.writer.log_dir)[:1] if self.writer else []
+                raise ValueError(f"--max-bad-steps {max_bad_steps}: the loss or gradient was not finite in so many updates in a "
+                                 f"row, up to step {number}; the last good checkpoint is {newest[0] if newest else 'none'}; "
+                                 "try a lower --lr or --amp off")
+        if skipped and not quiet and self.ranks.is_main:
+            tqdm.write(f"warning: update skipped at step {', '.join(map(str, skipped))}: loss or gradient norm not finite",
+                       file=sys.stderr)
+        values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/learning_rate": lr, "train/skipped": len(skipped),
+                  "speed/images_per_second": self.steps * self.batch_size / seconds,
+                  "speed/data_wait_share": self.data_seconds / seconds}
+        if self.ranks.device.type == "cuda":
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            values["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20   # given in KiB
+        with tolerate_disk_faults("curves"):
+            for tag, value in values.items() if self.writer else ():
+                self.writer.add_scalar(tag, value, step)
+        self.restart()
+        return f"loss {loss:.4f}, {values['speed/images_per_second']:.0f} images/s"
+
+
+def train_epoch(args, model, net, state, data, ranks, dtype, log, stop):
+    """Algorithm 1 of Ho et al. 2020 from state.step_in_epoch to the end of the epoch. Returns True where the run was
+    asked to stop on the way, always between two updates and on all ranks at the same one."""
+    device, steps_per_epoch = ranks.device, data.batches.steps_per_epoch
+    data.batches.start_at(state.epoch, state.step_in_epoch)
+    batches = data.watched(data.loader)
+    with tqdm(total=steps_per_epoch, initial=state.step_in_epoch, unit="step", desc=f"epoch {state.epoch + 1}/{args.epochs}",
+              disable=not ranks.is_main, mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True) as bar:
+        while state.step_in_epoch < steps_per_epoch:
+            lr = learning_rate(state.step, args.epochs * steps_per_epoch, args)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            step_loss = 0
+            for micro in range(args.accumulation):
+                waiting = time.perf_counter()
+                batch = to_device(next(batches), device)
+                log.data_seconds += time.perf_counter() - waiting
+                # Gradients are averaged over ranks in the last backward pass of an update.
+                with nullcontext() if net is model.unet or micro == args.accumulation - 1 else net.no_sync():
+                    with autocast(device, dtype):
+                        loss = diffusion_loss(net, model, batch, args.min_snr_gamma, args.snr_floor).mean()
+                    # Micro-batches are of equal size, so the mean of their means is the mean over the global batch.
+                    # An infinite loss is made NaN, which the averaged gradients then tell every rank.
+                    loss = loss / args.accumulation * (1 + 0 * loss.detach())
+                    state.scaler.scale(loss).backward()
+                step_loss += loss.detach().double()
+            state.scaler.unscale_(state.optimizer)
+            norm = clip_gradients(state.optimizer.param_groups[0]["params"], args.max_grad_norm)
+            # With found_inf at 1 AdamW leaves weights and moments alone; nobody has to wait for the answer to know.
+            bad = ~norm.isfinite()
+            state.optimizer.found_inf = bad.float()
+            update = torch.where(bad, 0, torch.stack([step_loss, norm.double(), torch.ones_like(step_loss)]))
+            state.sums += update
+            log.sums += update
+            log.bad.append(bad)
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            state.step_in_epoch += 1
+            log.steps += 1
+            state.ema.update(state.step)
+            bar.update()
+            if state.step % args.log_every == 0 or state.step_in_epoch == steps_per_epoch:
+                data.check_images(ranks)
+                bar.set_postfix_str(log.report(state.step, lr, args.max_bad_steps, quiet=state.scaler.is_enabled()))
+            if stop.poll() or state.step == args.max_steps:
+                return True
+    return False
+
+
+def finish_epoch(args, model, state, data, ranks, dtype, writer, folder):
+    """The epoch's mean loss, the validation loss and, every --sample-every epochs, the grid and the way to its first
+    picture, all but the first with the EMA weights."""
+    loss_sum, _, updates = ranks.sum(state.sums).tolist()
+    state.epoch_losses.append(loss_sum / updates if updates else math.nan)
+    state.sums.zero_()
+    state.epoch, state.step_in_epoch = state.epoch + 1, 0
+    values, images = {"epoch/loss": state.epoch_losses[-1]}, {}
+    model.unet.eval()
+    with state.ema.applied_to(model.unet):
+        if len(data.val_images):
+            values |= validate(model, data.watched(data.val_loader), ranks, dtype)
+        if args.sample_every and (state.epoch % args.sample_every == 0 or state.epoch == args.epochs):
+            how = dict(guidance_scale=args.sample_guidance, dtype=dtype)
+            images["grid"] = make_grid(generate_sharded(model, data.prompts, ranks, **how), data.prompts)
+            if ranks.is_main:
+                images["denoising"] = make_strip(model, data.prompts[0], **how)
+    model.unet.train()
+    data.check_images(ranks)
+    if writer:
+        with tolerate_disk_faults("curves and samples", writer):
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, state.epoch)
+            for name, image in images.items():
+                writer.add_image(f"samples/{name}", np.asarray(image), state.epoch, dataformats="HWC")
+            if images:
+                images["grid"].save(folder / f"samples_epoch{state.epoch:04d}.png")
+            writer.flush()
+        text = ", ".join(f"{tag[6:].replace('_', ' ')} {value:.5f}" for tag, value in values.items() if tag.startswith("epoch/"))
+        tqdm.write(f"epoch {state.epoch}: {text}")
+
+
+def main(argv=None):
+    """Train as the command line says, or in Python as the list `argv` does; returns the run folder."""
+    args, config, payload, checkpoint_path = parse_args(argv)
+    deadline = stop_time(args.time_limit)
+    ranks = setup_ranks(args.device)
+    dtype = amp_dtype(args.amp, ranks.device)
+    data = TrainingData(args, config, ranks)
+    torch.manual_seed(args.seed)
+    model = build_model(config, ranks.device)
+    if args.init_unet and not payload:
+        load_unet_weights(model.unet, args.init_unet)
+    if args.cache_latents is not None and not args.preflight:
+        data.cache_latents(args, model, ranks)
+    data.make_loaders(args, model, ranks)
+    net = prepare_network(args, model.unet, ranks)
+    state = TrainingState.start(model.unet, args, ranks.device, dtype)
+    if payload:
+        if payload["train_images"] != len(data.train_images):
+            raise ValueError(f"--data {args.data}: has {len(data.train_images)} training images, the run was started with "
+                             f"{payload['train_images']}; restore the data, or start a new run without --resume")
+        state.restore(payload, ranks.is_main)
+        if ranks.is_main and payload["processes"] != ranks.world_size:
+            print(f"{payload['processes']} processes up to step {state.step}, {ranks.world_size} from here: the same samples and "
+                  "noise, weights equal up to rounding; bit for bit only with the same number")
+    state.check_ranks(ranks)
+
+    if args.preflight:
+        print_startup_table(args, model, data, ranks, "none yet", dtype)
+        from slurm.preflight import preflight  # of use on clusters alone, and so kept with what is
+        return preflight(args, ranks, model, net, state, data, ranks, dtype, deadline)
+
+    folder = make_run_folder(args, checkpoint_path, ranks)
+    # What the checkpoint says of the run; where it is, how it was started and when to pause are not part of that.
+    record = {name: value for name, value in vars(args).items()
+              if name not in ("resume", "folder", "max_steps", "time_limit", "preflight")}
+    writer, stop_file = None, folder / "stop"
+    if ranks.is_main:
+        lock = take_over(folder)   # noqa: F841, held until the process ends
+        # A disk fault in TensorBoard's thread reaches its next caller, so the thread itself need not say it.
+        threading.excepthook = lambda died: issubclass(died.exc_type, OSError) or threading.__excepthook__(died)
+        stop_file.unlink(missing_ok=True)
+        writer = SummaryWriter(folder, purge_step=state.step + 1 if payload else None)
+        text = json.dumps(dict(model=config.to_dict(), args=record), indent=1)
+        write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+        writer.add_text("config", "    " + text.replace("\n", "\n    "), state.step)
+    print_startup_table(args, model, data, ranks, folder, dtype)
+
+    log, stop = StepLog(writer, ranks, args.batch_size), StopRequest(ranks, stop_file, deadline)
+    stopped = args.max_steps is not None and state.step >= args.max_steps
+    while state.epoch < args.epochs and not stopped:
+        stopped = train_epoch(args, model, net, state, data, ranks, dtype, log, stop)
+        if state.step_in_epoch == data.batches.steps_per_epoch:
+            finish_epoch(args, model, state, data, ranks, dtype, writer, folder)
+            log.restart()
+        ends = stopped or state.epoch == args.epochs
+        if ends or state.epoch % args.save_every == 0:
+            state.save(folder, ranks, (args.keep_last, args.keep_every), tries=7 if ends else 1, config=config.to_dict(),
+                       args=record, train_images=len(data.train_images))
+    if writer:
+        with tolerate_disk_faults("curves"):
+            writer.close()
+        if state.epoch == args.epochs or state.step == args.max_steps:
+            stop_file.touch()   # tells whoever started this that there is nothing left to go on with
+        if state.epoch == args.epochs:
+            shown = "".join(filter(str.isprintable, data.prompts[0]))   # a caption may hold anything, a shell command too
+            print(f"finished: {folder}")
+            print(f"draw pictures: python sample.py --checkpoint {folder} --prompts {shlex.quote(shown)}")
+        else:
+            print(f"stopped after {state.step} steps; to go on: train.py --resume {folder}")
+    stop.close()
+    return folder
+
+
+if __name__ == "__main__":
+    run_main(main)
