@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -87,6 +88,36 @@ class Ranks:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def once_per_node(self, make):
+        """make()'s list of numpy arrays, made by one process of each node and mapped by all, so that a node holds them once.
+
+        Raises: what make() raises, on every rank."""
+        if self.world_size == 1:
+            return make()
+        with tempfile.TemporaryDirectory() as folder:
+            count = problem = None
+            if self.local_rank == 0:
+                try:
+                    count = _save_arrays(make(), folder)
+                    with suppress(OSError, AttributeError):   # another C library
+                        ctypes.CDLL("libc.so.6").malloc_trim(0)   # give back what making them took, several times their size
+                except Exception as error:   # whatever it is, the others wait for it
+                    problem = error
+            parts = self.gather((folder, count, problem))
+            if problem := next((problem for *_, problem in parts if problem), None):
+                raise problem
+            folder, count, _ = parts[self.rank - self.local_rank]
+            arrays = [np.load(f"{folder}/{k}.npy", mmap_mode="r") for k in range(count)]
+            self.gather(None)   # mapped files outlive their names
+        return arrays
+
+
+def _save_arrays(arrays, folder):
+    """Write 0.npy, 1.npy, ...; returns how many."""
+    for k, array in enumerate(arrays):
+        np.save(f"{folder}/{k}.npy", array)
+    return len(arrays)
 
 
 def setup_ranks(device="auto"):
@@ -483,11 +514,11 @@ def is_builtin(data):
     return data in ("shapes", "shapes-hard")
 
 
-def open_source(data, config, caption_template="a photo of a {}", max_missing=0.01):
+def open_source(data, config, caption_template="a photo of a {}", max_missing=0.01, ranks=None):
     """The images and captions that --data names: "shapes", "shapes-hard", a folder or a .zip."""
     if is_builtin(data):
         return BuiltinShapes(config.resolution, hard=data == "shapes-hard")
-    return CaptionedImages(data, caption_template, max_missing)
+    return CaptionedImages(data, caption_template, max_missing, ranks)
 
 
 def distinct_captions(source, limit):
@@ -514,12 +545,17 @@ class UnreadableImage(ValueError):
 class PackedStrings:
     """Strings end to end in one byte buffer: 8 bytes each beside the text, and no Python object for workers to copy."""
 
-    def __init__(self, strings):
+    def __init__(self, buffer, ends):
+        self.buffer, self.ends = buffer, ends
+
+    @staticmethod
+    def pack(strings):
+        """The two arrays for all of these strings."""
         buffer, ends = bytearray(), array("q", [0])
         for string in strings:
             buffer += string.encode("utf-8", "surrogateescape")
             ends.append(len(buffer))
-        self.buffer, self.ends = np.frombuffer(buffer, np.uint8), np.frombuffer(ends, np.int64)
+        return np.frombuffer(buffer, np.uint8), np.frombuffer(ends, np.int64)
 
     def __len__(self):
         return len(self.ends) - 1
@@ -631,18 +667,18 @@ class CaptionedImages:
     that were listed there can be named, so a captions file cannot reach outside.
     """
 
-    def __init__(self, path, caption_template="a photo of a {}", max_missing=0.01):
+    def __init__(self, path, caption_template="a photo of a {}", max_missing=0.01, ranks=None):
         """Raises: FileNotFoundError, ValueError with one line that names the file and the fix."""
         self.path = Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"--data {path}: no such folder or .zip file")
         self.files = FolderFiles(path) if self.path.is_dir() else ZipFiles(path)
-        listed = list(self.files.names())
-        images = {name: None for name in listed if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES}
-        if not images:
-            raise ValueError(f"--data {path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        pairs = self._caption_pairs(listed, images, caption_template)
-        self._build(pairs, images, max_missing)
+
+        def make():
+            return self._index(caption_template, max_missing)
+
+        *strings, self.caption_order, self.first_caption = ranks.once_per_node(make) if ranks else make()
+        self.texts, self.names = PackedStrings(*strings[:2]), PackedStrings(*strings[2:])
 
     def _caption_pairs(self, listed, images, caption_template):
         """(captions file or None, image name as written, caption) for every caption of the data."""
@@ -665,7 +701,14 @@ class CaptionedImages:
         for name in images:
             yield None, name, caption_template.replace("{}", PurePosixPath(name).parent.name.replace("_", " "))
 
-    def _build(self, pairs, images, max_missing):
+    def _index(self, caption_template, max_missing):
+        """Six arrays: two each for captions and image names, and for image i the numbers of its captions,
+        caption_order[first_caption[i]:first_caption[i + 1]]."""
+        listed = list(self.files.names())
+        images = {name: None for name in listed if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES}
+        if not images:
+            raise ValueError(f"--data {self.path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        pairs = self._caption_pairs(listed, images, caption_template)
         by_base_name = {image.rpartition("/")[2]: image for image in images}
         order, owners, missing = {}, array("q"), {}
 
@@ -681,7 +724,7 @@ class CaptionedImages:
                     owners.append(order.setdefault(name, len(order)))
                     yield " ".join(caption.encode("utf-8", "replace").decode().split())   # no half characters
 
-        self.texts = PackedStrings(present())
+        texts = PackedStrings.pack(present())
         if missing:
             example, captions_file = next(iter(missing.items()))
             message = (f"--data {self.path}: {len(missing)} image(s) named in {captions_file} are not there, "
@@ -691,10 +734,10 @@ class CaptionedImages:
             warnings.warn(f"{message}; their captions are left out", stacklevel=3)
         if not order:
             raise ValueError(f"--data {self.path}: the captions file holds no captions")
-        self.names = PackedStrings(order)
         owners = np.frombuffer(owners, np.int64)
-        self.caption_order = np.argsort(owners, kind="stable").astype(np.int32 if len(owners) < 2**31 else np.int64)
-        self.first_caption = np.concatenate([[0], np.bincount(owners, minlength=len(order)).cumsum()])
+        caption_order = np.argsort(owners, kind="stable").astype(np.int32 if len(owners) < 2**31 else np.int64)
+        first_caption = np.concatenate([[0], np.bincount(owners, minlength=len(order)).cumsum()])
+        return *texts, *PackedStrings.pack(order), caption_order, first_caption
 
     def __len__(self):
         """How many images have captions."""

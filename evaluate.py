@@ -232,10 +232,10 @@ def builtin_data(args):
     return [data.caption_of(scene) for scene in scenes], scenes, Pictures(len(scenes), image, lambda i: image(i).tobytes())
 
 
-def captioned_data(args, run):
+def captioned_data(args, run, ranks):
     """(prompts, None, reference). Prompts are the validation images' captions in a fixed random order, their first captions
     first. `run` is what the model's training run says of itself, {} for finished pictures."""
-    source = data.open_source(args.data, None, run.get("caption_template", "{}"))
+    source = data.open_source(args.data, None, run.get("caption_template", "{}"), ranks=ranks)
     training, validation = data.split_images(len(source), args.val_fraction)
     if args.data == run.get("data") and len(training) != run["train_images"]:
         raise ValueError(f"--data {args.data}: has {len(training)} training images with --val-fraction {args.val_fraction}, the "
@@ -489,7 +489,8 @@ def main():
     metrics = choose_metrics(args)
     args.num_images = args.num_images or (1000 if metrics == ["accuracy"] else 5000)
     builtin = data.is_builtin(args.data)
-    task = Task(metrics, args.num_images, *(builtin_data(args) if builtin else captioned_data(args, model.run if model else {})))
+    task = Task(metrics, args.num_images, *(builtin_data(args) if builtin else
+                                            captioned_data(args, model.run if model else {}, ranks)))
     cache = args.cache_dir or (stem.parent if builtin else Path(args.data).parent)
     networks = load_networks(task, args, ranks, cache)
     args.metrics = task.metrics

@@ -387,7 +387,7 @@ class TrainingData:
     """The data as this rank sees it. Opened before the networks are loaded, so that a mistake shows at once."""
 
     def __init__(self, args, config, ranks):
-        self.source = open_source(args.data, config, args.caption_template, args.max_bad_images)
+        self.source = open_source(args.data, config, args.caption_template, args.max_bad_images, ranks)
         self.train_images, self.val_images = split_images(len(self.source), args.val_fraction)
         self.batches = ShardedBatches(self.train_images, args.batch_size, ranks, args.accumulation, args.seed)
         shown = (self.val_images if len(self.val_images) else self.train_images)[:16]
@@ -431,7 +431,6 @@ class TrainingData:
         self.loader = make_loader(samples, self.batches, ranks.device, workers)
         self.val_loader = make_loader(Samples(**common, validation=len(self.val_images), images=self.val_images),
                                       validation_batches(self.val_images, self.batches.micro_batch, ranks), ranks.device)
-
 
     def watched(self, loader):
         """The loader's batches, without the numbers of unreadable images that they carry: those are kept."""

@@ -1,4 +1,5 @@
 """Captioned images on disk: every format, every kind of picture, transforms, memory, and what is refused."""
+import ast
 import csv
 import io
 import json
@@ -233,6 +234,38 @@ print(seconds, held / 1e6, sum(isinstance(value, (list, dict, set)) for value in
     seconds, bytes_per_caption, containers = map(float, done.stdout.split())
     print(f"{seconds:.1f} s, {bytes_per_caption:.0f} bytes a caption")
     assert seconds < 60 and bytes_per_caption < 200 and containers == 0
+
+
+def test_processes_of_a_node_share_one_index(tmp_path, photos):
+    """Two processes map the same files, by then gone from the disk, and read from them what one process reads; where the data
+    is wrong, only one looks and both say so."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from data import CaptionedImages, setup_ranks
+ranks = setup_ranks("cpu")
+if ranks.rank == 1:
+    CaptionedImages._index = None   # not called here
+source = CaptionedImages(sys.argv[2], ranks=ranks)
+files = sorted({line.split()[4] for line in open("/proc/self/maps") if ".npy (deleted)" in line})
+parts = ranks.gather(files)
+assert len(files) == 6 and parts[0] == parts[1], parts
+held = {source.names[i]: source.captions(i) for i in range(len(source))}
+if ranks.is_main:
+    print(held)
+try:
+    CaptionedImages(sys.argv[3], ranks=ranks)
+    raise SystemExit("an empty folder was taken")
+except ValueError as error:
+    assert "holds no images" in str(error)
+    assert all(ranks.gather(True))
+"""
+    (tmp_path / "open.py").write_text(code)
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           tmp_path / "open.py", ROOT, photos, tmp_path / "empty"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ast.literal_eval(done.stdout) == index(CaptionedImages(photos))
 
 
 def test_available_cores():
