@@ -115,8 +115,8 @@ class Ranks:
 
 def _save_arrays(arrays, folder):
     """Write 0.npy, 1.npy, ...; returns how many."""
-    for k, array in enumerate(arrays):
-        np.save(f"{folder}/{k}.npy", array)
+    for k, values in enumerate(arrays):
+        np.save(f"{folder}/{k}.npy", values)
     return len(arrays)
 
 
