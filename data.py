@@ -150,8 +150,22 @@ def setup_ranks(device="auto"):
     if world_size > 1:
         # How long a rank may keep the others waiting, by a checkpoint's writing or because it hangs, before all end.
         timeout = timedelta(seconds=float(os.environ.get("RANK_TIMEOUT_SECONDS", 600)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                store=restarted_store(), rank=rank, world_size=world_size)
     return Ranks(rank, local_rank, local_world_size, world_size, device)
+
+
+def restarted_store():
+    """Where processes that torchrun has restarted on one node meet; None for the default place.
+
+    torchrun keeps its store over a restart, and with it the addresses of the processes before, which are not to be read
+    (pytorch issue 135712). Nodes do not count restarts alike, so that several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    env = os.environ
+    restarts, one_node = env.get("TORCHELASTIC_RESTART_COUNT", "0"), env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+    if restarts == "0" or not one_node or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return dist.PrefixStore(f"restart {restarts}", dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"])))
 
 
 def available_cores():
