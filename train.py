@@ -21,15 +21,21 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -292,8 +298,8 @@ def prepare_network(args, unet, ranks):
     """The UNet as the loop calls it: with the switches for speed and memory and, with several processes, wrapped in DDP."""
     if ranks.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)   # the layout of the tensor cores' convolutions
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    if args.gradient_checkpointing:   # there is no dropout, so no random state to bring back
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     if args.compile:
         unet.compile()   # the module's own: state-dict names stay clean
     if ranks.world_size == 1:
@@ -358,6 +364,52 @@ def stop_time(minutes):
     return time.time() + max(left - 300, 0.9 * left)
 
 
+class LiveBytes(TorchDispatchMode):
+    """Within the block, adds up what the new tensors hold: `live` now, `peak` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.storages = 0, 0, {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        outputs = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor) and not operation.is_view:
+                storage = tensor.untyped_storage()
+                if (key := id(storage)) not in self.storages:
+                    self.live += (size := storage.nbytes())
+                    self.storages[key] = weakref.ref(storage, lambda _, key=key, size=size: self._freed(key, size))
+        self.peak = max(self.peak, self.live)
+        return outputs
+
+    def _freed(self, key, size):
+        self.live -= size
+        del self.storages[key]
+
+
+def training_bytes(args, model, data, ranks, dtype):
+    """(all, weights): what training takes on this rank's device at its peak, and of that what stays between steps.
+
+    A step is run on fake tensors, which have shapes but no numbers, to add up what lives at each moment of it.
+    """
+    unet = sum(p.nbytes for p in model.unet.parameters())
+    frozen = [*model.text_encoder.parameters(), *model.codec.parameters()]
+    if model.text_encoder.remembered is not None:
+        frozen.append(model.text_encoder.remembered)
+    stay = 4 * unet + sum(p.nbytes for p in frozen)   # the UNet's weights, Adam's two moments and EMA
+    sample = data.loader.dataset.__getitems__([(0, 0, int(data.train_images[0]))])
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as step:
+        batch = {name: torch.empty(data.batches.micro_batch, *tensor.shape[1:], dtype=tensor.dtype, device=ranks.device)
+                 for name, tensor in sample.items()}
+        with autocast(ranks.device, dtype):
+            loss = diffusion_loss(model.unet.forward, model, batch, args.min_snr_gamma, args.snr_floor).mean()   # never compiled
+        forward_peak = step.peak
+        torch.autograd.grad(loss, list(model.unet.parameters()))
+    # With several processes, or micro-batches, the gradients are there from the start, in DDP's buckets or from the one before.
+    apart = ranks.world_size > 1 or args.accumulation > 1
+    return stay + (unet + max(forward_peak, step.peak - unet) if apart else step.peak), stay
+
+
 def print_startup_table(args, model, data, ranks, folder, dtype):
     """What runs where, and what it takes."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -366,6 +418,7 @@ def print_startup_table(args, model, data, ranks, folder, dtype):
         return
     trainable = sum(p.numel() for p in model.unet.parameters())
     frozen = sum(p.numel() for net in (model.text_encoder, model.codec) for p in net.parameters())
+    memory, weights = (size / 2**30 for size in training_bytes(args, model, data, ranks, dtype))
     per_process = args.batch_size // ranks.world_size
     rows = [(f"rank {rank}", device) for rank, device in enumerate(devices)] + [
         ("run folder", folder),
@@ -378,8 +431,8 @@ def print_startup_table(args, model, data, ranks, folder, dtype):
                  f"predicts {model.config.prediction_type}"),
         ("frozen", f"{frozen / 1e6:.1f} M parameters: text encoder {model.config.text_encoder}, VAE {model.config.vae}"),
         ("precision", "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} autocast, float32 weights"),
-        ("memory per process", f"{(trainable * 5 + frozen) * 4 / 2**30:.2f} GiB before activations: weights, gradients, "
-                               "Adam's two moments, EMA and frozen networks, float32")]
+        ("memory per process", f"{memory:.2f} GiB of tensors at the peak of a step, computed; {weights:.2f} GiB between steps: "
+                               "weights, Adam's two moments, EMA, frozen networks")]
     print("\n".join(f"{key:>18}  {value}" for key, value in rows), flush=True)
 
 
