@@ -1049,8 +1049,7 @@ class ShardedBatches(Sampler):
 
 def validation_batches(images, batch_size, ranks):
     """Every validation image on exactly one rank, unpadded: lists of (0, position, image number)."""
-    mine = [(0, p, int(images[p])) for p in range(ranks.rank, len(images), ranks.world_size)]
-    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    return [[(0, p, int(images[p])) for p in batch] for batch in shares(len(images), ranks, batch_size)]
 
 
 def make_loader(samples, batches, device, workers=0):

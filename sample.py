@@ -15,6 +15,7 @@ built from both get worse with more guidance.
 import argparse
 import inspect
 import math
+import textwrap
 import time
 import warnings
 from contextlib import nullcontext
@@ -192,7 +193,7 @@ def make_grid(pictures, captions=None, columns=None, cell=None):
     cell = cell or side * max(1, round(128 / side))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows, gap, line, letters = math.ceil(len(pictures) / columns), 8, 12, max(1, cell // 6)
-    wrapped = [wrap(caption, letters)[:4] for caption in captions or []]
+    wrapped = [textwrap.wrap(caption, letters, break_long_words=False)[:4] for caption in captions or []]
     text_height = line * max(map(len, wrapped), default=0)
     grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + text_height) + gap), "white")
     draw = ImageDraw.Draw(grid)
@@ -210,16 +211,6 @@ def make_strip(model, prompt, length=10, **how):
     _, estimates = generate(model, [prompt], trajectory=True, **how)
     chosen = np.linspace(0, len(estimates) - 1, min(len(estimates), length)).round().astype(int)
     return make_grid(torch.cat([estimates[k] for k in chosen]), [f"step {k + 1}" for k in chosen], columns=5)
-
-
-def wrap(text, width):
-    """The text in lines of at most `width` characters where its words allow."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 # Export
