@@ -247,6 +247,7 @@ ranks = setup_ranks("cpu")
 if ranks.rank == 1:
     CaptionedImages._index = None   # not called here
 source = CaptionedImages(sys.argv[2], ranks=ranks)
+ranks.gather(None)   # rank 0 has removed the files by the time it comes here
 files = sorted({line.split()[4] for line in open("/proc/self/maps") if ".npy (deleted)" in line})
 parts = ranks.gather(files)
 assert len(files) == 6 and parts[0] == parts[1], parts
