@@ -169,8 +169,9 @@ def restarted_store():
 
 
 def available_cores():
-    """CPU cores that this process may use: on a cluster the allocation's, not the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """CPU cores that this process may use: on a cluster the allocation's, not the machine's, also where nothing binds to it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE") or cores))
 
 
 def loader_workers(ranks):
@@ -298,26 +299,6 @@ def caption_of(scene: Scene) -> str:
     """Return the caption, such as "a small red circle left of a large blue square on a white background"."""
     phrases = [f"a {thing.size} {thing.colour} {thing.shape}" for thing in (scene.thing, scene.other) if thing]
     return f" {scene.position} ".join(phrases) + f" on a {scene.background} background"
-
-
-def parse_caption(caption: str) -> Scene:
-    """Return the scene of a caption: the inverse of `caption_of`.
-
-    Raises: ValueError if the caption is not one of this grammar.
-    """
-    things, _, rest = caption.partition(" on a ")
-    position = next((p for p in POSITIONS if f" {p} " in things), None)
-    try:
-        first, *others = [Thing(*phrase.removeprefix("a ").split()) for phrase in things.split(f" {position} ")]
-        scene = Scene(first, rest.removesuffix(" background"), position, *others)
-    except TypeError:
-        scene = None
-    known = scene and scene.background in BACKGROUNDS and all(
-        thing.size in SIZES and thing.colour in COLOURS and thing.shape in SHAPES
-        for thing in (scene.thing, scene.other or scene.thing))
-    if not known or caption_of(scene) != caption:
-        raise ValueError(f"caption {caption!r} is not of the form 'a small red circle on a white background'")
-    return scene
 
 
 def vocabulary() -> list[str]:
@@ -1052,10 +1033,10 @@ def validation_batches(images, batch_size, ranks):
     return [[(0, p, int(images[p])) for p in batch] for batch in shares(len(images), ranks, batch_size)]
 
 
-def make_loader(samples, batches, device, workers=0):
-    """A DataLoader over prepared batches, whose workers leave signals to the main process."""
+def make_loader(samples, batches, device, workers=0, persistent=True):
+    """A DataLoader over prepared batches, whose workers leave signals to the main process; `persistent` ones outlive an epoch."""
     return DataLoader(samples, batch_sampler=batches, collate_fn=_as_is, num_workers=workers, worker_init_fn=_outlive_signals,
-                      pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                      pin_memory=device.type == "cuda", persistent_workers=persistent and workers > 0,
                       prefetch_factor=4 if workers else None, multiprocessing_context="fork" if workers else None)
 
 
@@ -1074,3 +1055,76 @@ def _outlive_signals(_):
 def to_device(batch, device):
     """The batch's tensors on the device, copied without waiting where they are pinned."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+# The data of a run
+
+
+class TrainingData:
+    """The data as this rank sees it. Opened before the networks are loaded, so that a mistake shows at once."""
+
+    def __init__(self, args, config, ranks):
+        self.source = open_source(args.data, config, args.caption_template, args.max_bad_images, ranks)
+        self.train_images, self.val_images = split_images(len(self.source), args.val_fraction)
+        self.batches = ShardedBatches(self.train_images, args.batch_size, ranks, args.accumulation, args.seed)
+        shown = (self.val_images if len(self.val_images) else self.train_images)[:16]
+        self.max_bad, self.unreadable, self.named = args.max_bad_images, set(), set()   # image numbers: this rank's, all ranks'
+        self.prompts = args.sample_prompts or [self.source.captions(i)[0] for i in shown]   # of the sample grids
+        self.latents = None
+        if args.cache_latents is not None and config.vae == "none":
+            raise ValueError("--cache-latents: --vae none has no latents to cache; leave one of the two out")
+        if args.cache_latents is not None and args.random_crop:
+            raise ValueError("--cache-latents: with --random-crop every visit has other latents; leave one of the two out")
+
+    def cache_latents(self, args, model, ranks, write):
+        """Encode all images once, or find them encoded; write(path, fill) lets fill(file) write a file atomically. The folder's
+        name is a hash of all that the latents depend on."""
+        codec, side = model.codec, model.config.resolution
+
+        def image(i):
+            try:
+                return self.source.image(i, 3, side)
+            except UnreadableImage:   # then its place in the cache says so, and training replaces it
+                return None
+
+        pictures = Pictures(len(self.source), image, self.source.content)
+        made_of = dict(images=hash_of(pictures.contents(ranks)), resolution=side, crop="centre", flips=1 + args.flip,
+                       vae=hash_of_weights(codec.vae), scale=codec.scale, shift=codec.shift, dtype="float16")
+        folder = Path(args.cache_latents or Path(args.data).parent) / f"latents_{hash_of([made_of])[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        cache = LatentCache(folder, pictures.count, 1 + args.flip, codec.latent_shape)
+        self.latents = cache.build(pictures, lambda images: codec.moments(to_unit_range(images)), write, ranks)
+
+    def make_loaders(self, args, model, ranks):
+        """The training and validation loaders, given the tokenizer and the latent shape."""
+        workers = args.workers
+        if workers is None:
+            workers = 0 if is_builtin(args.data) else loader_workers(ranks)
+        captions = distinct_captions(self.source, 2**30 // (4 * model.config.token_length * model.text_encoder.width))
+        if captions:   # their features fit into 1 GiB
+            model.text_encoder.remember([*captions, ""])
+        common = dict(source=self.source, tokenize=model.text_encoder.tokenize, config=model.config,
+                      latent_shape=model.codec.latent_shape, latents=self.latents)
+        samples = Samples(**common, seed=args.seed, random_crop=args.random_crop, flip=args.flip, images=self.train_images)
+        self.loader = make_loader(samples, self.batches, ranks.device, workers)
+        self.val_loader = make_loader(Samples(**common, validation=len(self.val_images), images=self.val_images),
+                                      validation_batches(self.val_images, self.batches.micro_batch, ranks), ranks.device, workers,
+                                      persistent=False)
+
+    def watched(self, loader):
+        """The loader's batches, without the numbers of unreadable images that they carry: those are kept."""
+        for batch in loader:
+            self.unreadable.update(batch.pop("unreadable").tolist())
+            yield batch
+
+    def check_images(self, ranks):
+        """Name the unreadable images that any rank has met, each once. Raises: ValueError where they are too many."""
+        new = set().union(*ranks.gather(self.unreadable - self.named))
+        self.named |= new
+        share = f"{len(self.named)} of {len(self.source)} images"
+        if len(self.named) > self.max_bad * len(self.source):
+            raise ValueError(f"--max-bad-images {self.max_bad}: {share} cannot be read; repair or remove "
+                             f"{', '.join(repr(self.source.names[i]) for i in sorted(self.named)[:100])}")
+        if new and ranks.is_main:
+            tqdm.write(f"warning: {share} replaced so far by the next that can be read, new among them: "
+                       f"{', '.join(repr(self.source.names[i]) for i in sorted(new))}", file=sys.stderr)

@@ -459,7 +459,7 @@ def parse_args(argv=None):
 
 def open_model(args, ranks):
     """The model of --checkpoint; flags that were not given become what it was trained with."""
-    model = load_model(args.checkpoint, ranks.device, args.weights)
+    model = load_model(args.checkpoint, ranks.device, args.weights, args.compile)
     if not all(p.isfinite().all() for p in model.unet.parameters()):
         raise ValueError(f"--checkpoint {args.checkpoint}: not all weights are finite: training had diverged; name an older one")
     args.data = args.data or model.run["data"]

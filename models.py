@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ PRESETS = {
 def make_betas(beta_schedule, num_train_timesteps):
     """Betas of the forward process, (T,) float64.
 
-    linear: Ho et al. 2020, section 4. scaled_linear: linear in sqrt(beta), Rombach et al. 2022 (Stable Diffusion).
+    linear: Ho et al. 2020, section 4. scaled_linear: linear in sqrt(beta), as in Stable Diffusion (Rombach et al. 2022, code).
     cosine: Nichol & Dhariwal 2021, Eq. 17, with betas clipped at 0.999.
     """
     T = num_train_timesteps
@@ -217,6 +218,8 @@ class NoiseSchedule:
 
 
 # Frozen networks
+
+WHOLE = dict(low_cpu_mem_usage=False)   # the other way needs accelerate, and says so
 
 
 def load_pretrained(load, name, subfolder, flag):
@@ -339,7 +342,7 @@ class ImageCodec(nn.Module):
         kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
         if found.get("_class_name") not in kinds:
             raise ValueError(f"--vae {config.vae}: is a {found.get('_class_name')}, not one of {', '.join(kinds)}")
-        self.vae = load_pretrained(kinds[found["_class_name"]].from_pretrained, config.vae, "vae", "--vae")
+        self.vae = load_pretrained(partial(kinds[found["_class_name"]].from_pretrained, **WHOLE), config.vae, "vae", "--vae")
         self.vae.float().requires_grad_(False).eval()
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
         blocks = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
@@ -412,7 +415,7 @@ def read_unet_config(name):
 
 def load_unet_weights(unet, name):
     """Copy the weights of that UNet into ours."""
-    pretrained = load_pretrained(UNet2DConditionModel.from_pretrained, name, "unet", "--init-unet")
+    pretrained = load_pretrained(partial(UNet2DConditionModel.from_pretrained, **WHOLE), name, "unet", "--init-unet")
     load_parameters(unet, dict(pretrained.named_parameters()))
 
 
@@ -420,6 +423,15 @@ def apply_unet(unet, config, x_t, t, text_emb):
     """The network's output, (B, C, h, w): eps, v or x_0 by config.prediction_type. `unet` may be wrapped in DDP."""
     pooled = text_emb.mean(dim=1) if config.pooled_text else None
     return unet(x_t, t, text_emb, class_labels=pooled, return_dict=False)[0]
+
+
+def speed_up(unet, device, compiled=False):
+    """On GPUs the layout of the tensor cores' convolutions; where asked, torch.compile by the module's own compile(), which
+    leaves the names of its weights alone."""
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    if compiled:
+        unet.compile()
 
 
 class EMA:
@@ -541,7 +553,7 @@ def load_checkpoint(path):
     for candidate in candidates:
         try:
             verify_checkpoint(candidate)
-            payload = torch.load(candidate, map_location="cpu", weights_only=True)
+            payload = torch.load(candidate, map_location="cpu", weights_only=True, mmap=True)   # once a node, not once a rank
             if not isinstance(payload, dict) or not {"unet", "ema", "config", "step", "epoch"} <= payload.keys():
                 raise ValueError("not a checkpoint of this project")
             ModelConfig.from_dict(payload["config"])
@@ -574,12 +586,12 @@ def build_model(config, device="cpu"):
     return Model(config, unet, text_encoder, codec, NoiseSchedule(config, device), torch.device(device))
 
 
-def load_model(checkpoint, device="cpu", weights="ema"):
+def load_model(checkpoint, device="cpu", weights="ema", compiled=False):
     """The Model in a checkpoint file or run folder, ready to sample; weights: "ema" (default) or "raw"."""
     payload, path = load_checkpoint(checkpoint)
     model = build_model(ModelConfig.from_dict(payload["config"]), device)
     load_parameters(model.unet, payload["ema" if weights == "ema" else "unet"])
-    model.unet.requires_grad_(False).eval()
+    speed_up(model.unet.requires_grad_(False).eval(), model.device, compiled)
     model.source = dict(checkpoint=str(path), epoch=payload["epoch"], step=payload["step"], weights=weights)
     model.run = dict(payload.get("args", {}), train_images=payload.get("train_images"))
     return model

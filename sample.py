@@ -37,7 +37,7 @@ def make_timesteps(num_train_timesteps, steps):
     """(t, t_prev) pairs from T - 1 down to -1, evenly spaced from the noisy end ("trailing", Lin et al. 2024, Table 2)."""
     if not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"--steps {steps}: must be from 1 to the model's {num_train_timesteps} timesteps")
-    t = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)).astype(int) - 1
+    t = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)[:steps]).astype(int) - 1   # rounding adds one
     return list(zip(t.tolist(), [*t[1:].tolist(), -1]))
 
 
@@ -94,8 +94,8 @@ def rescale_guidance(guided, cond, phi):
 def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=(0.0, 1.0),
                     dtype=None):
     """denoise(x_t, t) -> x_0 by classifier-free guidance, uncond + s (cond - uncond): Ho & Salimans 2022, Eq. 6 with
-    s = w + 1. Both halves go through the network in one call; outside the interval of t / T (Kynkaanniemi et al. 2024),
-    or with s = 1, only the conditional one does. Pixel-space x_0 is clipped to [-1, 1].
+    s = w + 1. Both halves go through the network in one call; outside the interval (Kynkaanniemi et al. 2024; theirs is one
+    of noise levels, ours of t / T), or with s = 1, only the conditional one does. Pixel-space x_0 is clipped to [-1, 1].
     """
     T = model.schedule.num_train_timesteps
     both = torch.cat([negative_emb, text_emb])
@@ -265,6 +265,7 @@ def add_sampling_flags(parser):
     group.add_argument("--batch-size", type=int, help="pictures at a time on each process (default: %(default)s)")
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights to use (default: %(default)s)")
     group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype of the network")
+    group.add_argument("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
 
@@ -318,7 +319,7 @@ def save_png(picture, path, **record):
 def main():
     args = parse_args()
     ranks = setup_ranks(args.device)
-    model = load_model(args.checkpoint, ranks.device, args.weights)
+    model = load_model(args.checkpoint, ranks.device, args.weights, args.compile)
     if args.export and ranks.is_main:
         export_pipeline(model, args.export, args.sampler)
         print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")

@@ -39,29 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data import (
-    LatentCache,
-    Pictures,
-    Samples,
-    ShardedBatches,
-    StopRequest,
-    UnreadableImage,
-    amp_dtype,
-    distinct_captions,
-    hash_of,
-    hash_of_weights,
-    is_builtin,
-    loader_workers,
-    make_loader,
-    open_source,
-    run_main,
-    setup_ranks,
-    split_images,
-    to_device,
-    to_unit_range,
-    validation_batches,
-    vocabulary,
-)
+from data import StopRequest, TrainingData, amp_dtype, is_builtin, run_main, setup_ranks, to_device, to_unit_range, vocabulary
 from models import (
     BETA_SCHEDULES,
     EMA,
@@ -77,6 +55,7 @@ from models import (
     prune_checkpoints,
     read_unet_config,
     save_checkpoint,
+    speed_up,
     write_atomically,
 )
 from sample import generate_sharded, make_grid, make_strip
@@ -296,12 +275,9 @@ def validate(model, loader, ranks, dtype, parts=5):
 
 def prepare_network(args, unet, ranks):
     """The UNet as the loop calls it: with the switches for speed and memory and, with several processes, wrapped in DDP."""
-    if ranks.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)   # the layout of the tensor cores' convolutions
+    speed_up(unet, ranks.device, args.compile)
     if args.gradient_checkpointing:   # there is no dropout, so no random state to bring back
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
-    if args.compile:
-        unet.compile()   # the module's own: state-dict names stay clean
     if ranks.world_size == 1:
         return unet
     return DistributedDataParallel(unet, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None,
@@ -405,9 +381,9 @@ def training_bytes(args, model, data, ranks, dtype):
             loss = diffusion_loss(model.unet.forward, model, batch, args.min_snr_gamma, args.snr_floor).mean()   # never compiled
         forward_peak = step.peak
         torch.autograd.grad(loss, list(model.unet.parameters()))
-    # With several processes, or micro-batches, the gradients are there from the start, in DDP's buckets or from the one before.
-    apart = ranks.world_size > 1 or args.accumulation > 1
-    return stay + (unet + max(forward_peak, step.peak - unet) if apart else step.peak), stay
+    # With several processes gradients lie in DDP's buckets all the time; with several micro-batches their sum so far beside them.
+    copies = (ranks.world_size > 1) + (args.accumulation > 1)
+    return stay + (copies * unet + max(forward_peak, step.peak - unet) if copies else step.peak), stay
 
 
 def print_startup_table(args, model, data, ranks, folder, dtype):
@@ -418,7 +394,12 @@ def print_startup_table(args, model, data, ranks, folder, dtype):
         return
     trainable = sum(p.numel() for p in model.unet.parameters())
     frozen = sum(p.numel() for net in (model.text_encoder, model.codec) for p in net.parameters())
-    memory, weights = (size / 2**30 for size in training_bytes(args, model, data, ranks, dtype))
+    try:
+        memory, weights = (size / 2**30 for size in training_bytes(args, model, data, ranks, dtype))
+        memory = (f"{memory:.2f} GiB of tensors at the peak of a step, computed; {weights:.2f} GiB between steps: weights, "
+                  "Adam's two moments, EMA, frozen networks")
+    except Exception as error:   # fake tensors are young, and the run does not need to know
+        memory = f"could not be computed ({type(error).__name__}: {error})".splitlines()[0]
     per_process = args.batch_size // ranks.world_size
     rows = [(f"rank {rank}", device) for rank, device in enumerate(devices)] + [
         ("run folder", folder),
@@ -431,77 +412,8 @@ def print_startup_table(args, model, data, ranks, folder, dtype):
                  f"predicts {model.config.prediction_type}"),
         ("frozen", f"{frozen / 1e6:.1f} M parameters: text encoder {model.config.text_encoder}, VAE {model.config.vae}"),
         ("precision", "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} autocast, float32 weights"),
-        ("memory per process", f"{memory:.2f} GiB of tensors at the peak of a step, computed; {weights:.2f} GiB between steps: "
-                               "weights, Adam's two moments, EMA, frozen networks")]
+        ("memory per process", memory)]
     print("\n".join(f"{key:>18}  {value}" for key, value in rows), flush=True)
-
-
-class TrainingData:
-    """The data as this rank sees it. Opened before the networks are loaded, so that a mistake shows at once."""
-
-    def __init__(self, args, config, ranks):
-        self.source = open_source(args.data, config, args.caption_template, args.max_bad_images, ranks)
-        self.train_images, self.val_images = split_images(len(self.source), args.val_fraction)
-        self.batches = ShardedBatches(self.train_images, args.batch_size, ranks, args.accumulation, args.seed)
-        shown = (self.val_images if len(self.val_images) else self.train_images)[:16]
-        self.max_bad, self.unreadable, self.named = args.max_bad_images, set(), set()   # image numbers: this rank's, all ranks'
-        self.prompts = args.sample_prompts or [self.source.captions(i)[0] for i in shown]   # of the sample grids
-        self.latents = None
-        if args.cache_latents is not None and config.vae == "none":
-            raise ValueError("--cache-latents: --vae none has no latents to cache; leave one of the two out")
-        if args.cache_latents is not None and args.random_crop:
-            raise ValueError("--cache-latents: with --random-crop every visit has other latents; leave one of the two out")
-
-    def cache_latents(self, args, model, ranks):
-        """Encode all images once, or find them encoded. The folder's name is a hash of all that the latents depend on."""
-        codec, side = model.codec, model.config.resolution
-
-        def image(i):
-            try:
-                return self.source.image(i, 3, side)
-            except UnreadableImage:   # then its place in the cache says so, and training replaces it
-                return None
-
-        pictures = Pictures(len(self.source), image, self.source.content)
-        made_of = dict(images=hash_of(pictures.contents(ranks)), resolution=side, crop="centre", flips=1 + args.flip,
-                       vae=hash_of_weights(codec.vae), scale=codec.scale, shift=codec.shift, dtype="float16")
-        folder = Path(args.cache_latents or Path(args.data).parent) / f"latents_{hash_of([made_of])[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        cache = LatentCache(folder, pictures.count, 1 + args.flip, codec.latent_shape)
-        self.latents = cache.build(pictures, lambda images: codec.moments(to_unit_range(images)), write_atomically, ranks)
-
-    def make_loaders(self, args, model, ranks):
-        """The training and validation loaders, given the tokenizer and the latent shape."""
-        workers = args.workers
-        if workers is None:
-            workers = 0 if is_builtin(args.data) else loader_workers(ranks)
-        captions = distinct_captions(self.source, 2**30 // (4 * model.config.token_length * model.text_encoder.width))
-        if captions:   # their features fit into 1 GiB
-            model.text_encoder.remember([*captions, ""])
-        common = dict(source=self.source, tokenize=model.text_encoder.tokenize, config=model.config,
-                      latent_shape=model.codec.latent_shape, latents=self.latents)
-        samples = Samples(**common, seed=args.seed, random_crop=args.random_crop, flip=args.flip, images=self.train_images)
-        self.loader = make_loader(samples, self.batches, ranks.device, workers)
-        self.val_loader = make_loader(Samples(**common, validation=len(self.val_images), images=self.val_images),
-                                      validation_batches(self.val_images, self.batches.micro_batch, ranks), ranks.device)
-
-    def watched(self, loader):
-        """The loader's batches, without the numbers of unreadable images that they carry: those are kept."""
-        for batch in loader:
-            self.unreadable.update(batch.pop("unreadable").tolist())
-            yield batch
-
-    def check_images(self, ranks):
-        """Name the unreadable images that any rank has met, each once. Raises: ValueError where they are too many."""
-        new = set().union(*ranks.gather(self.unreadable - self.named))
-        self.named |= new
-        share = f"{len(self.named)} of {len(self.source)} images"
-        if len(self.named) > self.max_bad * len(self.source):
-            raise ValueError(f"--max-bad-images {self.max_bad}: {share} cannot be read; repair or remove "
-                             f"{', '.join(repr(self.source.names[i]) for i in sorted(self.named)[:100])}")
-        if new and ranks.is_main:
-            tqdm.write(f"warning: {share} replaced so far by the next that can be read, new among them: "
-                       f"{', '.join(repr(self.source.names[i]) for i in sorted(new))}", file=sys.stderr)
 
 
 @dataclass
@@ -531,8 +443,14 @@ class TrainingState:
         load_parameters(self.unet, payload["unet"])
         for name, average in self.ema.parameters.items():
             average.copy_(payload["ema"][name])
+        flags = {name: self.optimizer.param_groups[0][name] for name in ("betas", "weight_decay")}   # may be given anew
         self.optimizer.load_state_dict(payload["optimizer"])
-        self.scaler.load_state_dict(payload["scaler"])
+        self.optimizer.param_groups[0].update(flags)
+        for p, moments in self.optimizer.state.items():   # laid out in memory like the weights, which differs by device
+            moments |= {name: torch.empty_like(p).copy_(value) if value.shape == p.shape else value.clone()
+                        for name, value in moments.items()}
+        if payload["scaler"]:   # none where the GPU before computed in bfloat16
+            self.scaler.load_state_dict(payload["scaler"])
         self.epoch, self.step, self.step_in_epoch = payload["epoch"], payload["step"], payload["step_in_epoch"]
         self.epoch_losses = payload["epoch_losses"]
         self.sums += torch.tensor(payload["sums"], dtype=torch.float64).to(self.sums) if is_main else 0
@@ -707,13 +625,16 @@ def main(argv=None):
     deadline = stop_time(args.time_limit)
     ranks = setup_ranks(args.device)
     dtype = amp_dtype(args.amp, ranks.device)
+    if len(set(ranks.gather(str(dtype)))) > 1:
+        raise ValueError(f"--amp {args.amp}: means bfloat16 on some of these GPUs and float16 on others; add --amp fp16, or ask "
+                         "for GPUs of one kind")
     data = TrainingData(args, config, ranks)
     torch.manual_seed(args.seed)
     model = build_model(config, ranks.device)
     if args.init_unet and not payload:
         load_unet_weights(model.unet, args.init_unet)
     if args.cache_latents is not None and not args.preflight:
-        data.cache_latents(args, model, ranks)
+        data.cache_latents(args, model, ranks, write_atomically)
     data.make_loaders(args, model, ranks)
     net = prepare_network(args, model.unet, ranks)
     state = TrainingState.start(model.unet, args, ranks.device, dtype)
@@ -725,12 +646,12 @@ def main(argv=None):
         if ranks.is_main and payload["processes"] != ranks.world_size:
             print(f"{payload['processes']} processes up to step {state.step}, {ranks.world_size} from here: the same samples and "
                   "noise, weights equal up to rounding; bit for bit only with the same number")
+        payload = None   # as large as the model, Adam's moments and EMA together
     state.check_ranks(ranks)
 
     if args.preflight:
-        print_startup_table(args, model, data, ranks, "none yet", dtype)
         from slurm.preflight import preflight  # of use on clusters alone, and so kept with what is
-        return preflight(args, ranks, model, net, state, data, ranks, dtype, deadline)
+        return preflight(args, ranks, model, net, state, data, dtype, deadline)
 
     folder = make_run_folder(args, checkpoint_path, ranks)
     # What the checkpoint says of the run; where it is, how it was started and when to pause are not part of that.
@@ -742,7 +663,7 @@ def main(argv=None):
         # A disk fault in TensorBoard's thread reaches its next caller, so the thread itself need not say it.
         threading.excepthook = lambda died: issubclass(died.exc_type, OSError) or threading.__excepthook__(died)
         stop_file.unlink(missing_ok=True)
-        writer = SummaryWriter(folder, purge_step=state.step + 1 if payload else None)
+        writer = SummaryWriter(folder, purge_step=state.step + 1 if checkpoint_path else None)
         text = json.dumps(dict(model=config.to_dict(), args=record), indent=1)
         write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
         writer.add_text("config", "    " + text.replace("\n", "\n    "), state.step)

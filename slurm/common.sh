@@ -8,7 +8,7 @@ export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 # <<<
 
 export HF_HUB_OFFLINE=1 TORCH_HOME="$HF_HOME/torch"   # compute nodes have no internet
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300             # how long torchrun lets its processes save after a SIGTERM
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300             # how long torchrun lets its processes save after a SIGTERM; 30 before PyTorch 2.12
 if [[ ${SLURM_JOB_ID:-} ]]; then                      # Slurm before 23.02 does not say by itself when the job will end
     end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e || true)
     if [[ $end =~ ^[0-9]+$ ]]; then export SLURM_JOB_END_TIME=$end; fi

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import to_unit_range
 from models import load_checkpoint
-from train import StepLog, train_epoch
+from train import StepLog, print_startup_table, train_epoch
 
 
 class StepClock:
@@ -38,6 +39,16 @@ class StepClock:
     def seconds_per_step(self):
         """The median, without the first step, which is slower."""
         return float(np.median(np.diff(self.ends))) if len(self.ends) > 1 else math.nan
+
+
+class LatentsToCome:
+    """Takes a LatentCache's place, so that steps are measured as they will be once all images are encoded."""
+
+    def __init__(self, latent_shape):
+        self.moments = np.zeros((2, *latent_shape), np.float16)
+
+    def image(self, i, mirror):
+        return self.moments
 
 
 def check_machine(args, ranks):
@@ -63,6 +74,20 @@ def check_machine(args, ranks):
     yield "all-reduce", correct, f"{moved / seconds / 1e9:.2f} GB/s" if moved else "nothing to do with one rank"
 
 
+def check_latents(args, model, data, ranks, images):
+    """What encoding all images will take, told from some of them, uint8 (B, 3, H, W)."""
+    for _ in range(2):   # the first is slower
+        start = time.perf_counter()
+        finite = all(moments.isfinite().all().item() for moments in model.codec.moments(to_unit_range(images)))
+        seconds = (time.perf_counter() - start) / len(images)
+    views = len(data.source) * (1 + args.flip)
+    size, hours = views * data.loader.dataset.latents.moments.nbytes, views * seconds / ranks.world_size / 3600
+    folder = Path(args.cache_latents or Path(args.data).parent).absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    yield "latent cache", finite and free > size, (f"{size / 2**30:.3g} GiB, {free / 2**30:.1f} GiB are free; made once, in "
+                                                   f"{hours:.2f} h, unless it is there already")
+
+
 def check_training(args, model, net, state, data, ranks, dtype, deadline):
     """A few real steps, a checkpoint, and what the whole run will take of time and disk."""
     start, batches = time.perf_counter(), 0
@@ -72,6 +97,8 @@ def check_training(args, model, net, state, data, ranks, dtype, deadline):
     yield "data", True, f"loads {loading:.0f} images/s"
 
     clock = StepClock(ranks.device)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     train_epoch(args, model, net, state, data, ranks, dtype, StepLog(None, ranks, args.batch_size), clock)
     seconds = clock.seconds_per_step()
     memory = ""
@@ -104,10 +131,17 @@ def check_training(args, model, net, state, data, ranks, dtype, deadline):
     yield "time", saving < 150, f"{steps} steps take {total:.2f} h beside validation and samples: {limit}"
 
 
-def preflight(args, ranks, *training):
+def preflight(args, ranks, model, net, state, data, dtype, deadline):
     """Print a pass or FAIL line for each check. Raises: ValueError where one failed."""
-    failed = []
-    for name, passed, text in chain(check_machine(args, ranks), check_training(args, *training)):
+    failed, checks = [], [check_machine(args, ranks)]
+    if args.cache_latents is not None:
+        samples = data.loader.dataset
+        images = samples.__getitems__([(0, k, int(i)) for k, i in enumerate(data.train_images[:16])])["images"]
+        checks.append(check_latents(args, model, data, ranks, images.to(ranks.device)))
+        samples.latents = LatentsToCome(model.codec.latent_shape)
+    checks.append(check_training(args, model, net, state, data, ranks, dtype, deadline))
+    print_startup_table(args, model, data, ranks, "none yet", dtype)
+    for name, passed, text in chain(*checks):
         passed = all(ranks.gather(passed))
         if ranks.is_main:
             print(f"{'pass' if passed else 'FAIL'}  {name}: {text}", flush=True)

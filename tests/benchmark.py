@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import StopRequest, amp_dtype, setup_ranks, vocabulary  # noqa: E402
-from models import PRESETS, apply_unet, build_model  # noqa: E402
+from data import StopRequest, TrainingData, amp_dtype, setup_ranks, vocabulary  # noqa: E402
+from models import PRESETS, apply_unet, build_model, speed_up, write_atomically  # noqa: E402
 from tiny_networks import make_clip, make_vae  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -90,10 +90,10 @@ class Loop:
         self.ranks, self.steps = setup_ranks(), steps
         self.dtype = amp_dtype(self.args.amp, self.ranks.device)
         torch.manual_seed(0)
-        self.data = train.TrainingData(self.args, config, self.ranks)
+        self.data = TrainingData(self.args, config, self.ranks)
         self.model = build_model(config, self.ranks.device)
         if self.args.cache_latents is not None:
-            self.data.cache_latents(self.args, self.model, self.ranks)
+            self.data.cache_latents(self.args, self.model, self.ranks, write_atomically)
         self.data.make_loaders(self.args, self.model, self.ranks)
         self.unet = train.prepare_network(self.args, self.model.unet, self.ranks)
         self.state = train.TrainingState.start(self.unet, self.args, self.ranks.device, self.dtype)
@@ -271,6 +271,7 @@ def sampling():
         model = build_model(config, setup_ranks().device)
         model.unet.requires_grad_(False).eval()
         sample.export_pipeline(model, Path(folder) / "export")
+        speed_up(model.unet, model.device)
         pipeline = StableDiffusionPipeline.from_pretrained(Path(folder) / "export").to(device)
         pipeline.set_progress_bar_config(disable=True)
         side, steps = config.resolution, 20 if CUDA else 5

@@ -116,6 +116,15 @@ def test_the_cache_depends_on_what_it_is_made_of(flags, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_preflight_says_what_the_cache_will_take(flags, data, tmp_path):
+    """The preflight of a cached run tells the cache's size and time, measures steps without encoding, and makes no cache."""
+    done = run_ok("train.py", *flags, "--flip", "--preflight", "--runs", tmp_path / "runs", "--cache-latents")
+    size, = re.findall(r"pass  latent cache: (\S+) GiB", done.stdout)
+    assert float(size) == pytest.approx(40 * 2 * 2 * 4 * 8 * 8 * 2 / 2**30, rel=0.01) and "pass  steps" in done.stdout
+    assert not caches(data)
+
+
+@pytest.mark.slow
 def test_unreadable_pictures(flags, data, tmp_path):
     """A picture that cannot be read is replaced by the same one as without the cache, and counted."""
     (data / "003.png").write_bytes(b"no picture")

@@ -240,7 +240,7 @@ def test_processes_of_a_node_share_one_index(tmp_path, photos):
     """Two processes map the same files, by then gone from the disk, and read from them what one process reads; where the data
     is wrong, only one looks and both say so."""
     code = """
-import sys
+import sys, torch
 sys.path.insert(0, sys.argv[1])
 from data import CaptionedImages, setup_ranks
 ranks = setup_ranks("cpu")
@@ -260,6 +260,7 @@ try:
 except ValueError as error:
     assert "holds no images" in str(error)
     assert all(ranks.gather(True))
+torch.distributed.destroy_process_group()
 """
     (tmp_path / "open.py").write_text(code)
     (tmp_path / "empty").mkdir()
@@ -269,9 +270,14 @@ except ValueError as error:
     assert ast.literal_eval(done.stdout) == index(CaptionedImages(photos))
 
 
-def test_available_cores():
-    """The core count is the process's allowance, at least one."""
-    assert 1 <= available_cores() <= os.cpu_count()
+def test_available_cores(monkeypatch):
+    """The core count is the process's allowance, and in a Slurm job at most what the job has on this node."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    assert available_cores() == 12
+    for cpus, expected in (("8", 8), ("64", 12)):
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", cpus)
+        assert available_cores() == expected
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from conftest import launch, run_ok, train_run
-from data import StopRequest, setup_ranks
+from data import StopRequest, TrainingData, setup_ranks
 from models import build_model, load_checkpoint
-from train import StepLog, TrainingData, TrainingState, parse_args, prepare_network, train_epoch
+from train import StepLog, TrainingState, parse_args, prepare_network, train_epoch
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 SMALL = ["--resolution", "16", "--log-every", "1", "--sample-every", "0"]

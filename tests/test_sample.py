@@ -56,6 +56,13 @@ def test_later_draws_belong_to_the_picture(run, sampler):
 
 
 @pytest.mark.slow
+def test_compiled_pictures_are_the_same(run):
+    """A compiled network draws the same pictures, to one grey level, also where the last batch is smaller."""
+    plain, compiled = (generate(load_model(run, compiled=compiled), PROMPTS, steps=2, batch_size=3) for compiled in (False, True))
+    assert (plain.int() - compiled.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
 def test_processes_do_not_change_the_pictures(run, tmp_path):
     """One process and two write the same pictures (to one grey level), with how they were made in their text chunks."""
     for processes in (1, 2):

@@ -162,6 +162,14 @@ def test_timesteps_are_diffusers_trailing_ones(steps):
     assert [p for _, p in pairs] == [t for t, _ in pairs[1:]] + [-1]
 
 
+def test_every_number_of_steps_is_kept():
+    """Each number of steps from 1 to T gives so many different timesteps from T - 1 down, the last one to the clean end."""
+    for T in (1000, 999, 50):
+        for steps in range(1, T + 1):
+            t, t_prev = zip(*make_timesteps(T, steps))
+            assert len(set(t)) == steps and t[0] == T - 1 and min(t) >= 0 and t_prev == (*t[1:], -1), (T, steps)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_recover_a_gaussian(sampler):
     """With the exact denoiser of Gaussian data N(1, 0.5^2) each sampler returns samples of that mean and spread."""

@@ -15,7 +15,6 @@ from data import (
     draw,
     expected_reading,
     is_held_out,
-    parse_caption,
     read_picture,
     vocabulary,
 )
@@ -30,26 +29,13 @@ def with_noise(image, rng, std=0.1):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_captions_are_unique_and_parse_back(hard):
-    """Every scene has its own caption, the caption gives the scene back, and its words are in the vocabulary."""
+def test_captions_are_unique(hard):
+    """Every scene has its own caption, whose words are in the vocabulary."""
     scenes = all_scenes(hard)
     captions = [caption_of(scene) for scene in scenes]
     assert len(set(captions)) == len(scenes) == (2 * 64 * 64 * 6 if hard else 192)
-    assert all(parse_caption(caption) == scene for caption, scene in zip(captions, scenes))
     assert {word for caption in captions for word in caption.split()} <= set(vocabulary())
     assert len(vocabulary()) == len(set(vocabulary()))
-
-
-@pytest.mark.parametrize("caption", ["", "a red circle", "a small red circle",
-                                     "a small red circle on a blue background",
-                                     "a huge red circle on a white background",
-                                     "a small red circle near a large red circle on a white background",
-                                     "a small red circle left of a large red on a white background",
-                                     "a small red circle on a white background now"])
-def test_other_captions_are_refused(caption):
-    """A caption outside the grammar raises an error that quotes it."""
-    with pytest.raises(ValueError, match="not of the form"):
-        parse_caption(caption)
 
 
 def test_the_plain_split_keeps_every_triple_in_training():

@@ -15,11 +15,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import ROOT, TINY, launch, run_ok, scalars, train_run
-from data import BuiltinShapes, Ranks, Samples, ShardedBatches, StopRequest, vocabulary
+from data import BuiltinShapes, Ranks, Samples, ShardedBatches, StopRequest, TrainingData, vocabulary
 from models import EMA, PRESETS, ModelConfig, TextEncoder, build_model, load_checkpoint
 from train import (
     StepLog,
-    TrainingData,
     TrainingState,
     diffusion_loss,
     learning_rate,
@@ -254,6 +253,34 @@ def test_resume_is_exact(tmp_path, photos, clip, vae, processes):
         assert_equal_trees(a[key], b[key])
     for tag in ("train/loss", "train/grad_norm", "epoch/loss", "epoch/validation_loss"):
         assert scalars(whole, tag) == scalars(stopped, tag)
+
+
+def test_a_state_moves_between_kinds_of_devices(tmp_path):
+    """What a GPU saved in bfloat16 goes on elsewhere: Adam's moments take the layout of the weights, with which the next update
+    is a contiguous run's bit for bit; float16 begins with a scaler of its own; and a weight decay given anew is used."""
+
+    def state(*flags, layout=torch.contiguous_format, dtype=torch.bfloat16):
+        torch.manual_seed(0)
+        unet = torch.nn.Conv2d(8, 4, 3).to(memory_format=layout)
+        return TrainingState.start(unet, make_parser().parse_args(["--lr", "0.1", "--ema-decay", "0.9", *flags]), CPU, dtype)
+
+    def update(state, seed):
+        state.unet.weight.grad = torch.empty_like(state.unet.weight).copy_(
+            torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(seed)))
+        state.unet.bias.grad = torch.zeros(4)
+        state.optimizer.step()
+
+    gpu, cpu = state(layout=torch.channels_last), state()
+    for one in (gpu, cpu):
+        update(one, 1)
+    gpu.save(tmp_path, Ranks(0, 0, 1, 1, CPU), config=PRESETS["tiny"].to_dict())
+    moved = state("--weight-decay", "0.5", dtype=torch.float16)
+    moved.restore(load_checkpoint(tmp_path)[0], True)
+    assert moved.optimizer.param_groups[0]["weight_decay"] == 0.5 and moved.scaler.get_scale() == 65536
+    moved.optimizer.param_groups[0]["weight_decay"] = 0.01
+    for one in (moved, cpu):
+        update(one, 2)
+    assert_equal_trees(moved.unet.state_dict(), cpu.unet.state_dict())
 
 
 @pytest.mark.slow
