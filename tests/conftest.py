@@ -9,22 +9,33 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tiny_networks import make_clip, make_vae
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:   # two that compute with all cores at once are slower than one after the other
+    number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[number % len(cores)::count])
+
+import preloaded  # noqa: E402
+from tiny_networks import make_clip, make_vae  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 # A network of a few thousand parameters: the built-in pictures at 16 x 16 pixels on an 8 x 8 grid.
 TINY = ["--resolution", "16", "--log-every", "1", "--sample-every", "0", "--device", "cpu"]
 
 
+def pytest_collection_modifyitems(items):
+    """The Slurm jobs first: they mostly wait, and would wait alone at the end."""
+    items.sort(key=lambda item: "test_slurm" not in item.nodeid)
+
+
 def launch(script, *args, processes=1, cwd=None, timeout=300, env=None):
     """Run a script of the project to its end; returns the finished process, its output as text."""
-    command = [sys.executable, str(ROOT / script)]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command[1:]]
-    return subprocess.run([*command, *map(str, args)], cwd=cwd, timeout=timeout, capture_output=True, text=True,
-                          env={**os.environ, **(env or {})})
+    command, env = [str(ROOT / script), *map(str, args)], {**os.environ, **(env or {})}
+    if processes == 1:
+        return preloaded.run(command, cwd, env, timeout)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*torchrun, *command], cwd=cwd, timeout=timeout, capture_output=True, text=True, env=env)
 
 
 def run_ok(*args, **kwargs):

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 import sample
 import train
-from conftest import ROOT, TINY, train_run
+from conftest import ROOT, TINY, launch, train_run
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -73,16 +73,14 @@ def test_every_shell_command_runs(project, clip, vae):
         if any(command.startswith(start) for start in NOT_RUN):
             continue
         words = shlex.split(command.replace("runs/run_...", str(run)))
-        torchrun = ["torchrun", "--standalone", "--nproc_per_node=2"]
+        processes, torchrun = 1, ["torchrun", "--standalone", "--nproc_per_node=2"]
         if words[:3] == torchrun:
-            launcher = [sys.executable, "-m", "torch.distributed.run", *torchrun[1:]] if several else [sys.executable]
-            words, several = launcher + words[3:], False
+            words, processes, several = words[2:], 2 if several else 1, False
         else:
             assert words[0] == "python", f"neither run nor listed: {command}"
-            words[0] = sys.executable
         extra = next(flags for part, flags in SHORT.items() if part in command)
         words += [flag.format(clip=clip, vae=vae) for flag in extra]
-        done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=300)
+        done = launch(project / words[1], *words[2:], processes=processes, cwd=project)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
         if run == "runs/run_...":
             run = next(path for path in (project / "runs").iterdir() if path.name != "run_photos")
