@@ -429,29 +429,32 @@ def print_table(results):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Judge a model's pictures, or a folder of finished pictures.")
-    judged = parser.add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group("judging")
+    judged = group.add_mutually_exclusive_group(required=True)
     judged.add_argument("--checkpoint", help="a run folder (its newest checkpoint) or a checkpoint file")
     judged.add_argument("--images", type=Path, metavar="DIR", help="judge these pictures; needs --data and --resolution")
-    parser.add_argument("--data", help="source of prompts and reference, see train.py (default: what the model was trained on)")
-    parser.add_argument("--val-fraction", type=float, help="validation split's share (default: as in training; with --images 1)")
-    parser.add_argument("--reference", choices=("validation", "training", "all"), default="validation",
-                        help="which of the data's images to compare with (default: %(default)s)")
-    parser.add_argument("--resolution", type=int, help="with --images: side in pixels to which pictures and data are scaled")
-    parser.add_argument("--num-images", type=int, help="pictures to draw (default: 1000 for accuracy alone, else 5000)")
-    parser.add_argument("--guidance-scales", type=float, nargs="+", default=[DEFAULTS["guidance_scale"]], metavar="S",
-                        help="judge the model at each of these (default: %(default)s)")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: accuracy for built-in pictures, else the others")
-    parser.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download)")
-    parser.add_argument("--inception-layer", choices=("64", "192", "768", "2048"), default="2048",
-                        help="width of the features; those below 2048 need fewer images, but give other figures than the papers'")
-    parser.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="hub id or folder (default: %(default)s)")
-    parser.add_argument("--cache-dir", type=Path, help="folder for the reference statistics (default: beside the data)")
-    parser.add_argument("--output", type=Path, help="where the results' folder is made (default: beside what is judged)")
+    group.add_argument("--data", help="source of prompts and reference, see train.py (default: what the model was trained on)")
+    group.add_argument("--val-fraction", type=float, help="validation split's share (default: as in training; with --images 1)")
+    group.add_argument("--reference", choices=("validation", "training", "all"), default="validation",
+                       help="which of the data's images to compare with (default: %(default)s)")
+    group.add_argument("--resolution", type=int, help="with --images: side in pixels to which pictures and data are scaled")
+    group.add_argument("--num-images", type=int, help="pictures to draw (default: 1000 for accuracy alone, else 5000)")
+    group.add_argument("--guidance-scales", type=float, nargs="+", default=[DEFAULTS["guidance_scale"]], metavar="S",
+                       help="judge the model at each of these (default: %(default)s)")
+    group.add_argument("--metrics", nargs="+", choices=METRICS, help="default: accuracy for built-in pictures, else the others")
+    group.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download)")
+    group.add_argument("--inception-layer", choices=("64", "192", "768", "2048"), default="2048",
+                       help="width of the features; those below 2048 need fewer images, but give other figures than the papers'")
+    group.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="hub id or folder (default: %(default)s)")
+    group.add_argument("--cache-dir", type=Path, help="folder for the reference statistics (default: beside the data)")
+    group.add_argument("--output", type=Path, help="where the results' folder is made (default: beside what is judged)")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
     check_sampling_flags(args)
     if args.num_images is not None and args.num_images < 4:
         raise ValueError(f"--num-images {args.num_images}: must be at least 4")
+    if args.checkpoint and args.resolution:
+        raise ValueError(f"--resolution {args.resolution}: goes with --images; a model has its own, so leave it out")
     if args.images and not (args.data and args.resolution):
         raise ValueError(f"--images {args.images}: add --data to compare with, and --resolution, the side to compare at")
     return args

@@ -436,6 +436,7 @@ def test_captioned_data(folders, inception, whole_clip, tmp_path, monkeypatch, c
     (["--checkpoint", "RUN", "--metrics", "clip", "--clip-model", "nowhere/clip"], "--clip-model nowhere/clip"),
     (["--images", "nowhere", "--data", "shapes", "--resolution", "32"], "--images nowhere: no such folder"),
     (["--images", "nowhere"], "add --data"),
+    (["--checkpoint", "RUN", "--resolution", "32"], "--resolution 32: goes with --images"),
     (["--checkpoint", "DIVERGED"], "training had diverged")])
 def test_mistakes_are_one_line(run, inception, tmp_path, monkeypatch, flags, message):
     """A user's mistake is told in one line that names the flag, its value and what to do."""
