@@ -39,25 +39,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import models
 from data import StopRequest, TrainingData, amp_dtype, is_builtin, run_main, setup_ranks, to_device, to_unit_range, vocabulary
-from models import (
-    BETA_SCHEDULES,
-    EMA,
-    PREDICTION_TYPES,
-    PRESETS,
-    ModelConfig,
-    apply_unet,
-    build_model,
-    find_checkpoints,
-    load_checkpoint,
-    load_parameters,
-    load_unet_weights,
-    prune_checkpoints,
-    read_unet_config,
-    save_checkpoint,
-    speed_up,
-    write_atomically,
-)
+from models import BETA_SCHEDULES, EMA, PREDICTION_TYPES, PRESETS, ModelConfig, apply_unet, load_parameters
 from sample import generate_sharded, make_grid, make_strip
 
 # What suits each preset; every value can be overridden by its flag.
@@ -162,9 +146,9 @@ def parse_args(argv=None):
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (first.folder or first.resume):
         raise ValueError("torchrun --max-restarts: restarted processes find their run by its name; add --folder RUN")
     payload = path = None
-    resume = first.folder if first.folder and find_checkpoints(first.folder) else first.resume
+    resume = first.folder if first.folder and models.find_checkpoints(first.folder) else first.resume
     if resume:
-        payload, path = load_checkpoint(resume)
+        payload, path = models.load_checkpoint(resume)
         parser.set_defaults(**payload["args"])
     else:
         preset = first.preset or ("tiny" if is_builtin(first.data) else "standard")
@@ -172,7 +156,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     config = make_config(args)
     if args.init_unet and not payload:
-        config = replace(config, unet=read_unet_config(args.init_unet))
+        config = replace(config, unet=models.read_unet_config(args.init_unet))
     if payload:
         stored = ModelConfig.from_dict(payload["config"])
         for name in MODEL_FLAGS:
@@ -275,9 +259,10 @@ def validate(model, loader, ranks, dtype, parts=5):
 
 def prepare_network(args, unet, ranks):
     """The UNet as the loop calls it: with the switches for speed and memory and, with several processes, wrapped in DDP."""
-    speed_up(unet, ranks.device, args.compile)
+    models.speed_up(unet, ranks.device, args.compile)
     if args.gradient_checkpointing:   # there is no dropout, so no random state to bring back
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        torch._dynamo.config.optimize_ddp = False   # PyTorch 2.7 cannot cut a compiled network with checkpoints into buckets
     if ranks.world_size == 1:
         return unet
     return DistributedDataParallel(unet, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None,
@@ -480,9 +465,9 @@ class TrainingState:
             for wait in [10] * (tries - 1) + [0]:
                 with tolerate_disk_faults(f"checkpoint {path}"):
                     folder.mkdir(exist_ok=True)
-                    save_checkpoint(payload, path)
+                    models.save_checkpoint(payload, path)
                     saved = True
-                    prune_checkpoints(path, *keep)
+                    models.prune_checkpoints(path, *keep)
                 if saved:
                     break
                 time.sleep(wait)
@@ -515,7 +500,7 @@ class StepLog:
         for number in range(step + 1 - self.steps, step + 1):
             self.bad_in_a_row = self.bad_in_a_row + 1 if number in skipped else 0
             if self.bad_in_a_row >= max_bad_steps:
-                newest = find_checkpoints(self.writer.log_dir)[:1] if self.writer else []
+                newest = models.find_checkpoints(self.writer.log_dir)[:1] if self.writer else []
                 raise ValueError(f"--max-bad-steps {max_bad_steps}: the loss or gradient was not finite in so many updates in a "
                                  f"row, up to step {number}; the last good checkpoint is {newest[0] if newest else 'none'}; "
                                  "try a lower --lr or --amp off")
@@ -630,11 +615,11 @@ def main(argv=None):
                          "for GPUs of one kind")
     data = TrainingData(args, config, ranks)
     torch.manual_seed(args.seed)
-    model = build_model(config, ranks.device)
+    model = models.build_model(config, ranks.device)
     if args.init_unet and not payload:
-        load_unet_weights(model.unet, args.init_unet)
+        models.load_unet_weights(model.unet, args.init_unet)
     if args.cache_latents is not None and not args.preflight:
-        data.cache_latents(args, model, ranks, write_atomically)
+        data.cache_latents(args, model, ranks, models.write_atomically)
     data.make_loaders(args, model, ranks)
     net = prepare_network(args, model.unet, ranks)
     state = TrainingState.start(model.unet, args, ranks.device, dtype)
@@ -665,7 +650,7 @@ def main(argv=None):
         stop_file.unlink(missing_ok=True)
         writer = SummaryWriter(folder, purge_step=state.step + 1 if checkpoint_path else None)
         text = json.dumps(dict(model=config.to_dict(), args=record), indent=1)
-        write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+        models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
         writer.add_text("config", "    " + text.replace("\n", "\n    "), state.step)
     print_startup_table(args, model, data, ranks, folder, dtype)
 
