@@ -130,6 +130,9 @@ def setup_ranks(device="auto"):
         (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("WORLD_SIZE", 1)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     gpus = torch.cuda.device_count()
+    if gpus and device != "cpu" and not torch.cuda.is_available():
+        raise ValueError("--device: this build of PyTorch cannot use the GPU, mostly as it is for a newer driver; install the "
+                         "build for the one that nvidia-smi shows, or use --device cpu")
     if device == "cuda" and not gpus:
         raise ValueError("--device cuda: no GPU is visible to PyTorch; use --device cpu or check nvidia-smi and the CUDA build")
     if device == "cpu" or not gpus:
@@ -207,8 +210,9 @@ def run_main(main):
         os._exit(130)
     except Exception as error:
         rank, text = int(os.environ.get("RANK", 0)), str(error).strip()
-        if isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|pair closure|closed by peer", text):
-            text = f"rank {rank} lost another process, which died or hangs ({text.splitlines()[0][:200]}); go on with --resume"
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and
+                                                 re.search(r"gloo|NCCL|pair closure|closed by peer", text)):
+            text = f"rank {rank} lost another process, which died or hangs ({' '.join(text.split())[:600]}); go on with --resume"
         elif not isinstance(error, (ValueError, OSError)):
             raise
         if rank:
@@ -845,7 +849,7 @@ class LatentCache:
 
     def __init__(self, folder, count, flips, latent_shape):
         self.folder, self.count, self.shape = Path(folder), count, (flips, 2, *latent_shape)
-        self.chunk = min(1024, max(16, count // 64))   # depends on the count alone
+        self.chunk = min(256, max(16, count // 64))   # depends on the count alone
         self.chunks = [None] * math.ceil(count / self.chunk)
 
     def image(self, i, mirror):
@@ -904,12 +908,15 @@ class LatentCache:
                             moments[np.array(readable) - numbers[0]] = self._encode(encode, images.to(ranks.device), readable)
                     write(self.path(k), lambda file: np.save(file, moments))
                 bar.update(len(self.images(k)))
-        ranks.gather(None)
-        until = time.monotonic() + 120
-        while not all(self.chunks[k] is not None or self.open(k) for k in range(len(self.chunks))):
-            if time.monotonic() > until:   # network file systems may show other nodes' files late
-                raise ValueError(f"--cache-latents {self.folder}: not all ranks' files are there; is it on a shared file system?")
-            time.sleep(1)
+        until = time.monotonic() + 600
+        while missing := [k for k in range(len(self.chunks)) if self.chunks[k] is None]:
+            if any([self.open(k) for k in missing]):   # another rank is still at work, perhaps a slower one
+                until = time.monotonic() + 600
+            elif time.monotonic() > until:
+                raise ValueError(f"--cache-latents {self.folder}: {len(missing)} files of other ranks are missing, and none came "
+                                 "in ten minutes; is it on a shared file system?")
+            else:
+                time.sleep(1)
         return self
 
     def _encode(self, encode, images, numbers):

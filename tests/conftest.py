@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"   # else importing diffusers leaves forked processes no use of the GPU
 if "PYTEST_XDIST_WORKER" in os.environ:   # two that compute with all cores at once are slower than one after the other
     number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     cores = sorted(os.sched_getaffinity(0))

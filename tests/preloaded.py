@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import diffusers.models.unets.unet_2d_condition  # noqa: F401, loaded for the forked processes
+import torch
 import torch.utils.tensorboard  # noqa: F401
 
 import tiny_networks  # noqa: F401
@@ -16,6 +17,7 @@ import tiny_networks  # noqa: F401
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])
 STARTING = threading.Lock()
+torch.backends.cudnn.deterministic = True   # in the scripts too, whose weights are compared bit for bit
 
 
 def run(command, cwd, env, timeout):
