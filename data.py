@@ -137,8 +137,8 @@ def setup_ranks(device="auto"):
         raise ValueError("--device cuda: no GPU is visible to PyTorch; use --device cpu or check nvidia-smi and the CUDA build")
     if device == "cpu" or not gpus:
         device = torch.device("cpu")
-        # torchrun sets one thread per process; share the cores that this job was given instead.
-        torch.set_num_threads(max(1, available_cores() // local_world_size))
+        if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:   # torchrun sets it to 1
+            torch.set_num_threads(max(1, available_cores() // local_world_size))
         keep_freed_memory()
     else:
         if local_world_size > gpus:
@@ -614,21 +614,24 @@ class ZipFiles:
 
 def read_table(file, image_columns=("file_name", "image", "image_name"), text_columns=("text", "caption", "comment")):
     """(image, caption) pairs of a CSV file with a header such as `image,caption` or `file_name,text`."""
-    rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""))
+    rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
     header = [column.strip().lower() for column in next(rows, [])]
     image = next((header.index(name) for name in image_columns if name in header), None)
     text = next((header.index(name) for name in text_columns if name in header), None)
     if image is None or text is None:
         raise ValueError(f"the header is {','.join(header)[:80]!r}; it must name an image column "
                          f"({', '.join(image_columns)}) and a caption column ({', '.join(text_columns)})")
-    for row in rows:
-        if len(row) > max(image, text):
-            yield row[image].strip(), row[text]
+    for row in filter(None, rows):
+        if len(row) > len(header) == text + 1:
+            row[text:] = [",".join(row[text:])]   # a caption with commas, not quoted
+        if len(row) != len(header):
+            raise ValueError(f"line {rows.line_num} has {len(row)} columns, the header {len(header)}")
+        yield row[image].strip(), row[text]
 
 
 def read_flickr_tokens(file):
     """(image, caption) pairs of `name.jpg#0<TAB>caption` lines, as Flickr8k and Flickr30k come."""
-    for line in io.TextIOWrapper(file, "utf-8-sig", "replace"):
+    for line in io.TextIOWrapper(file, "utf-8-sig"):
         name, tab, caption = line.partition("\t")
         if tab:
             yield name.rpartition("#")[0] or name, caption
@@ -636,7 +639,7 @@ def read_flickr_tokens(file):
 
 def read_json_lines(file):
     """(image, caption) pairs of {"file_name": ..., "text": ...} lines; text may be a list of captions."""
-    for line in io.TextIOWrapper(file, "utf-8-sig", "replace"):
+    for line in io.TextIOWrapper(file, "utf-8-sig"):
         if line.strip():
             row = json.loads(line)
             texts = row["text"] if "text" in row else row["caption"]
@@ -708,7 +711,10 @@ class CaptionedImages:
         if not images:
             raise ValueError(f"--data {self.path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         pairs = self._caption_pairs(listed, images, caption_template)
-        by_base_name = {image.rpartition("/")[2]: image for image in images}
+        by_base_name = {}
+        for image in images:
+            base_name = image.rpartition("/")[2]
+            by_base_name[base_name] = None if base_name in by_base_name else image   # which of two is meant is not known
         order, owners, missing = {}, array("q"), {}
 
         def present():
@@ -726,8 +732,8 @@ class CaptionedImages:
         texts = PackedStrings.pack(present())
         if missing:
             example, captions_file = next(iter(missing.items()))
-            message = (f"--data {self.path}: {len(missing)} image(s) named in {captions_file} are not there, "
-                       f"for example {example!r}")
+            message = (f"--data {self.path}: {len(missing)} image(s) named in {captions_file} are not there, or in "
+                       f"several folders, for example {example!r}")
             if len(missing) > max_missing * (len(missing) + len(order)):
                 raise ValueError(f"{message}; add the files or remove their captions")
             warnings.warn(f"{message}; their captions are left out", stacklevel=3)

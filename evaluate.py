@@ -234,19 +234,21 @@ def builtin_data(args):
 
 def captioned_data(args, run, ranks):
     """(prompts, None, reference). Prompts are the validation images' captions in a fixed random order, their first captions
-    first. `run` is what the model's training run says of itself, {} for finished pictures."""
+    first; where there are none, those of the reference. `run` is what the training run says of itself, {} for finished
+    pictures."""
     source = data.open_source(args.data, None, run.get("caption_template", "{}"), ranks=ranks)
     training, validation = data.split_images(len(source), args.val_fraction)
     if args.data == run.get("data") and len(training) != run["train_images"]:
         raise ValueError(f"--data {args.data}: has {len(training)} training images with --val-fraction {args.val_fraction}, the "
                          f"model was trained on {run['train_images']}, so some may be validation images now; restore both")
-    if not len(validation):
-        raise ValueError(f"--val-fraction {args.val_fraction}: leaves no validation images of {args.data} to take prompts from")
-    order, prompts = counter_rng("evaluation", 0).permutation(validation), []
+    ascending = {"validation": validation, "training": training, "all": np.arange(len(source))}[args.reference]
+    if not len(ascending):
+        raise ValueError(f"--reference {args.reference}: {args.data} with --val-fraction {args.val_fraction} has no such images; "
+                         "choose another")
+    order, prompts = counter_rng("evaluation", 0).permutation(validation if len(validation) else ascending), []
     for i in range(args.num_images):
         captions = source.captions(order[i % len(order)])
         prompts.append(captions[i // len(order) % len(captions)])
-    ascending = {"validation": validation, "training": training, "all": np.arange(len(source))}[args.reference]
     numbers = counter_rng("evaluation", 1).permutation(ascending)     # the first KID_IMAGES of these serve for KID
 
     def image(i):

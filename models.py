@@ -60,7 +60,8 @@ class ModelConfig:
         check(self.num_train_timesteps > 1, "num_train_timesteps", "must be at least 2")
         check(self.image_channels in (1, 3), "image_channels", "must be 1 (greyscale) or 3 (RGB)")
         check(self.image_channels == 3 or self.vae == "none", "image_channels", "greyscale is for pixel space: add --vae none")
-        check(self.pixel_unshuffle == 1 or self.vae == "none", "pixel_unshuffle", "is for pixel space: add --vae none")
+        check(self.pixel_unshuffle == 1 or self.pixel_unshuffle > 1 and self.vae == "none", "pixel_unshuffle",
+              "must be 1, or more in pixel space: add --vae none")
         check(self.resolution > 0 and self.resolution % self.pixel_unshuffle == 0, "resolution",
               f"must be a positive multiple of --pixel-unshuffle {self.pixel_unshuffle}")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":

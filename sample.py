@@ -136,6 +136,10 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
         model = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler}: choose from {', '.join(SAMPLERS)}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"--eta {eta}: must be from 0 to 1")
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts {prompts!r}: must be a list of texts, one a picture")
     if guidance_scale != 1 and model.config.caption_dropout == 0:
         warnings.warn(f"--guidance-scale {guidance_scale}: the model was trained without caption dropout and knows no "
                       "empty caption to guide away from; expect poor pictures, or use --guidance-scale 1", stacklevel=2)
@@ -193,7 +197,7 @@ def make_grid(pictures, captions=None, columns=None, cell=None):
     cell = cell or side * max(1, round(128 / side))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows, gap, line, letters = math.ceil(len(pictures) / columns), 8, 12, max(1, cell // 6)
-    wrapped = [textwrap.wrap(caption, letters, break_long_words=False)[:4] for caption in captions or []]
+    wrapped = [textwrap.wrap(caption, letters, break_long_words=True)[:4] for caption in captions or []]
     text_height = line * max(map(len, wrapped), default=0)
     grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + text_height) + gap), "white")
     draw = ImageDraw.Draw(grid)
@@ -299,7 +303,7 @@ def parse_args():
     if args.prompt_file:
         if not args.prompt_file.is_file():
             raise FileNotFoundError(f"--prompt-file {args.prompt_file}: no such file")
-        args.prompts += [line.strip() for line in args.prompt_file.read_text("utf-8").splitlines() if line.strip()]
+        args.prompts += [line.strip() for line in args.prompt_file.read_text("utf-8-sig").splitlines() if line.strip()]
     if not args.prompts and not args.export:
         raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
     if args.images_per_prompt < 1:
@@ -328,11 +332,11 @@ def main():
     prompts = [prompt for prompt in args.prompts for _ in range(args.images_per_prompt)]
     how = dict(sampling_settings(args), guidance_scale=args.guidance_scale)
     dtype = amp_dtype(args.amp, ranks.device)
+    output = args.output or Path(model.source["checkpoint"]).parent / time.strftime("samples_%Y%m%d_%H%M%S")
+    if ranks.is_main:
+        output.mkdir(parents=True, exist_ok=True)
     pictures = generate_sharded(model, prompts, ranks, progress=ranks.is_main, dtype=dtype, **how)
     if ranks.is_main:
-        checkpoint = Path(model.source["checkpoint"])
-        output = args.output or checkpoint.parent / time.strftime("samples_%Y%m%d_%H%M%S")
-        output.mkdir(parents=True, exist_ok=True)
         for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
             save_png(picture, output / f"{i:05d}.png", prompt=prompt, index=i, **how, **model.source)
         make_grid(pictures, prompts).save(output / "grid.png")

@@ -149,6 +149,9 @@ def parse_args(argv=None):
     resume = first.folder if first.folder and models.find_checkpoints(first.folder) else first.resume
     if resume:
         payload, path = models.load_checkpoint(resume)
+        if Path(resume) == path and not first.folder and path in (found := models.find_checkpoints(path.parent))[1:]:
+            raise ValueError(f"--resume {path}: the same folder holds {found[0].name}, from which a run there goes on; "
+                             "delete what is newer, or add --folder NEW")
         parser.set_defaults(**payload["args"])
     else:
         preset = first.preset or ("tiny" if is_builtin(first.data) else "standard")
@@ -585,7 +588,8 @@ def finish_epoch(args, model, state, data, ranks, dtype, writer, folder):
         if len(data.val_images):
             values |= validate(model, data.watched(data.val_loader), ranks, dtype)
         if args.sample_every and (state.epoch % args.sample_every == 0 or state.epoch == args.epochs):
-            how = dict(guidance_scale=args.sample_guidance, dtype=dtype)
+            steps = min(30, model.schedule.num_train_timesteps)
+            how = dict(guidance_scale=args.sample_guidance, steps=steps, dtype=dtype)
             images["grid"] = make_grid(generate_sharded(model, data.prompts, ranks, **how), data.prompts)
             if ranks.is_main:
                 images["denoising"] = make_strip(model, data.prompts[0], **how)

@@ -99,8 +99,29 @@ def test_few_missing_images_are_left_out_with_a_warning(tmp_path):
         picture(tmp_path / f"{i}.png", (4, 4))
     lines = [f"{i}.png,number {i}" for i in range(120)] + ["gone.jpg.1,gone"]
     (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *lines]))
-    with pytest.warns(UserWarning, match="1 image.s. named in captions.txt are not there, for example 'gone.jpg.1'"):
+    with pytest.warns(UserWarning, match="1 image.s. named in captions.txt are not there, .* for example 'gone.jpg.1'"):
         assert len(CaptionedImages(tmp_path)) == 120
+
+
+def test_captions_with_commas_that_are_not_quoted_stay_whole(tmp_path):
+    """Where the caption is the last column of a table, its commas need no quotes."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.txt").write_text('image,caption\na.png,a red, shiny dog\na.png,"black, or brown"\n')
+    assert index(CaptionedImages(tmp_path)) == {"a.png": ["a red, shiny dog", "black, or brown"]}
+
+
+@pytest.mark.parametrize("text, message", [
+    (b'a.png,"a stray quote\nb.png,two\n', "unexpected end of data"), (b"a.png,one\nb.png\n", "line 3 has 1 columns"),
+    ("a.png,un café\nb.png,two\n".encode("latin-1"), "can't decode byte 0xe9"),
+    (b"c.png,one of two\n", "or in several folders, for example 'c.png'")])
+def test_captions_that_would_be_lost_are_refused(tmp_path, text, message):
+    """A stray quote, a line cut short, bytes that are not UTF-8 and a name that two pictures have: one line names the file."""
+    for name in ("a.png", "b.png", "one/c.png", "two/c.png"):
+        picture(tmp_path / name)
+    (tmp_path / "captions.txt").write_bytes(b"image,caption\n" + text)
+    with pytest.raises(ValueError, match=f"--data {tmp_path}: .*captions.txt.*{message}") as caught:
+        CaptionedImages(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # Pictures

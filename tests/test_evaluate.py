@@ -1,4 +1,5 @@
 """Evaluation: every figure against an independent calculation, and the same from any number of processes."""
+import argparse
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from sample import generate
 from tiny_networks import make_clip
 
 CPU = torch.device("cpu")
+ONE = Ranks(0, 0, 1, 1, CPU)
 
 
 @pytest.fixture(scope="session")
@@ -426,6 +428,19 @@ def test_captioned_data(folders, inception, whole_clip, tmp_path, monkeypatch, c
     captions = sorted(caption for i in validation for caption in source.captions(i))
     assert sorted(seen[:54]) == captions and seen[54:] == seen[:6], "each caption once, then from the beginning"
     assert all("dog" in caption for caption in seen[:27])
+
+
+def test_prompts_where_there_are_no_validation_images(folders):
+    """A model trained on all its images is judged on those: with --reference training they give the prompts, and the default
+    is refused with the flag to use."""
+    source = data.CaptionedImages(folders[1])
+    args = argparse.Namespace(data=folders[1], val_fraction=0.0, reference="training", num_images=len(source), resolution=16,
+                              channels=3)
+    prompts, _, reference = evaluate.captioned_data(args, {}, ONE)
+    assert sorted(prompts) == sorted(source.captions(i)[0] for i in range(len(source))) and reference.count == len(source)
+    args.reference = "validation"
+    with pytest.raises(ValueError, match="--reference validation: .* --val-fraction 0.0 has no such images; choose another"):
+        evaluate.captioned_data(args, {}, ONE)
 
 
 @pytest.mark.slow
