@@ -25,10 +25,9 @@ import warnings
 import zipfile
 from array import array
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import lru_cache
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -96,28 +95,27 @@ class Ranks:
         if self.world_size == 1:
             return make()
         with tempfile.TemporaryDirectory() as folder:
-            count = problem = None
+            problem = None
             if self.local_rank == 0:
                 try:
-                    count = _save_arrays(make(), folder)
-                    with suppress(OSError, AttributeError):   # another C library
-                        ctypes.CDLL("libc.so.6").malloc_trim(0)   # give back what making them took, several times their size
+                    for k, values in enumerate(make()):
+                        np.save(f"{folder}/{k}.npy", values)
+                    call_libc("malloc_trim", 0)   # give back what making them took, several times their size
                 except Exception as error:   # whatever it is, the others wait for it
                     problem = error
-            parts = self.gather((folder, count, problem))
-            if problem := next((problem for *_, problem in parts if problem), None):
+            parts = self.gather((folder, problem))
+            if problem := next((problem for _, problem in parts if problem), None):
                 raise problem
-            folder, count, _ = parts[self.rank - self.local_rank]
-            arrays = [np.load(f"{folder}/{k}.npy", mmap_mode="r") for k in range(count)]
+            files = sorted(Path(parts[self.rank - self.local_rank][0]).glob("*.npy"))
+            arrays = [np.load(file, mmap_mode="r") for file in files]
             self.gather(None)   # mapped files outlive their names
         return arrays
 
 
-def _save_arrays(arrays, folder):
-    """Write 0.npy, 1.npy, ...; returns how many."""
-    for k, values in enumerate(arrays):
-        np.save(f"{folder}/{k}.npy", values)
-    return len(arrays)
+def call_libc(function, *numbers):
+    """A function of glibc, or nothing where there is another C library."""
+    with suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL("libc.so.6"), function)(*numbers)
 
 
 def setup_ranks(device="auto"):
@@ -139,7 +137,10 @@ def setup_ranks(device="auto"):
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:   # torchrun sets it to 1
             torch.set_num_threads(max(1, available_cores() // local_world_size))
-        keep_freed_memory()
+        # Let glibc reuse large blocks instead of returning each to the kernel, whose page faults cost 10-20% of a step.
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        call_libc("mallopt", M_MMAP_MAX, 0)
+        call_libc("mallopt", M_TRIM_THRESHOLD, -1)
     else:
         if local_world_size > gpus:
             raise ValueError(f"--nproc_per_node={local_world_size}: only {gpus} GPUs are visible here; "
@@ -182,23 +183,12 @@ def loader_workers(ranks):
     return max(0, min(8, available_cores() // ranks.local_world_size - 1))
 
 
-def keep_freed_memory():
-    """Let glibc reuse large blocks instead of returning each to the kernel, whose page faults cost 10-20% of a CPU step."""
-    with suppress(OSError, AttributeError):  # another C library: nothing to tune
-        libc = ctypes.CDLL("libc.so.6")
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
 def amp_dtype(choice, device):
     """The autocast dtype, or None for float32. auto: bfloat16 where the GPU computes in it, else float16 (a V100);
     float32 on CPUs."""
-    if choice == "auto":
-        if device.type == "cpu":
-            return None
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice)   # off, and auto on CPUs: none
 
 
 def run_main(main):
@@ -314,10 +304,9 @@ def vocabulary() -> list[str]:
 def all_scenes(hard: bool = False) -> list[Scene]:
     """Return every scene of the plain set, or of the hard one, in a fixed order."""
     things = [Thing(*words) for words in product(SIZES, COLOURS, SHAPES)]
-    if not hard:
-        return [Scene(thing, background) for thing, background in product(things, BACKGROUNDS)]
+    positions, others = (POSITIONS, things) if hard else ([None], [None])
     return [Scene(thing, background, position, other)
-            for thing, position, other, background in product(things, POSITIONS, things, BACKGROUNDS)]
+            for thing, position, other, background in product(things, positions, others, BACKGROUNDS)]
 
 
 def as_drawn(scene: Scene) -> Scene:
@@ -377,10 +366,9 @@ def draw(scene: Scene, resolution: int, rng: np.random.Generator) -> Image.Image
 def expected_reading(scene: Scene) -> dict[str, str]:
     """Return what `read_picture` finds in a right picture of the scene."""
     scene = as_drawn(scene)
-    reading = {"size": scene.thing.size, "colour": scene.thing.colour, "shape": scene.thing.shape}
+    reading = asdict(scene.thing)
     if scene.other:
-        reading |= {"position": scene.position, "other_size": scene.other.size, "other_colour": scene.other.colour,
-                    "other_shape": scene.other.shape}
+        reading |= {"position": scene.position} | {f"other_{name}": word for name, word in asdict(scene.other).items()}
     return reading | {"background": scene.background}
 
 
@@ -389,34 +377,25 @@ def _sharpen(coverage: np.ndarray) -> np.ndarray:
     return (2 * coverage - 0.5).clip(0, 1)
 
 
-@lru_cache(maxsize=None)
-def _templates(resolution: int, hard: bool, shift_x: int, shift_y: int) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Return (size, shape) names and their coverage (8, resolution, resolution) in [0, 1], centroid in the middle.
-
-    The shifts are in eighths of a pixel, so that a template can lie where the picture's thing lies.
-    """
-    names, masks = list(product(SIZES, SHAPES)), []
-    side, middle = 8 * resolution, 4 * resolution
-    for size, shape in names:
-        radius = side * (HARD_SIZES if hard else SIZES)[size]
-        # The triangle's centroid lies 0.25 radii below its middle; the other shapes are symmetric.
-        y = middle + shift_y - (0.25 * radius if shape == "triangle" else 0)
-        canvas = Image.new("L", (side, side))
-        ImageDraw.Draw(canvas).polygon(_outline(shape, middle + shift_x, y, radius), fill=255)
-        masks.append(_sharpen(np.asarray(canvas.reduce(8), dtype=np.float32) / 255))
-    return names, np.stack(masks)
+def _template(shape: str, x: int, y: int, radius: float, resolution: int) -> np.ndarray:
+    """Return the coverage (resolution, resolution) in [0, 1] of a shape whose centroid is at (x, y), in eighths of a pixel."""
+    canvas = Image.new("L", (8 * resolution, 8 * resolution))
+    # The triangle's centroid lies 0.25 radii below its middle; the other shapes are symmetric.
+    outline = _outline(shape, x, y - (0.25 * radius if shape == "triangle" else 0), radius)
+    ImageDraw.Draw(canvas).polygon(outline, fill=255)
+    return _sharpen(np.asarray(canvas.reduce(8), dtype=np.float32) / 255)
 
 
-def _spans(filled: np.ndarray) -> list[slice]:
-    """Return the runs of True in a one-dimensional array."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], filled.astype(int), [0]))))
-    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2])]
+def _split(mask: np.ndarray) -> list[np.ndarray]:
+    """Return the parts of mask (H, H) that empty columns separate, from left to right, each as a mask of its own."""
+    filled = mask.any(axis=0)
+    run = np.cumsum(filled & np.diff(filled, prepend=False))   # for each column: runs of filled ones that have begun
+    return [mask & (run == k) for k in range(1, run.max() + 1)]
 
 
 def _neighbours(mask: np.ndarray) -> np.ndarray:
     """Return how many of the nine pixels around and at each pixel of mask (H, H) are set."""
-    rows = sum(np.pad(mask, ((1, 1), (0, 0)))[i:i + len(mask)].astype(int) for i in range(3))
-    return sum(np.pad(rows, ((0, 0), (1, 1)))[:, i:i + len(mask)] for i in range(3))
+    return np.lib.stride_tricks.sliding_window_view(np.pad(mask, 1), (3, 3)).sum(axis=(2, 3))
 
 
 def _read_thing(pixels: np.ndarray, ground: np.ndarray, region: np.ndarray, hard: bool) -> dict[str, str | None]:
@@ -432,16 +411,15 @@ def _read_thing(pixels: np.ndarray, ground: np.ndarray, region: np.ndarray, hard
     # Edges are mixtures and may vote for others, but three fifths of the thing must agree.
     colour = list(COLOURS)[votes.argmax()] if votes.max() > 0.6 * inside.sum() else None
 
-    # Intersection over union with each template, laid on the thing's centroid (in eighths of a pixel).
-    resolution = len(region)
-    places = 8 * (np.arange(resolution) + 0.5 - resolution / 2)
+    # Intersection over union with each shape of each size, drawn around the thing's centroid.
+    places = 8 * (np.arange(len(region)) + 0.5)
     y, x = (round(places @ coverage.sum(axis=other) / coverage.sum()) for other in (1, 0))
-    (move_y, shift_y), (move_x, shift_x) = divmod(y, 8), divmod(x, 8)
-    names, templates = _templates(resolution, hard, shift_x, shift_y)
-    moved = np.roll(coverage, (-move_y, -move_x), axis=(0, 1))
-    overlap = np.minimum(templates, moved).sum(axis=(1, 2)) / np.maximum(templates, moved).sum(axis=(1, 2))
-    (size, shape), best = names[overlap.argmax()], overlap.max()
-    rival = max(o for name, o in zip(names, overlap) if name[1] != shape)
+    overlaps = {}
+    for (size, fraction), shape in product((HARD_SIZES if hard else SIZES).items(), SHAPES):
+        template = _template(shape, x, y, 8 * len(region) * fraction, len(region))
+        overlaps[size, shape] = np.minimum(template, coverage).sum() / np.maximum(template, coverage).sum()
+    (size, shape), best = max(overlaps.items(), key=lambda item: item[1])
+    rival = max(overlap for (_, other), overlap in overlaps.items() if other != shape)
     clear = best >= MIN_OVERLAP and best - rival >= MIN_MARGIN
     return {"size": size if best >= 0.6 else None, "colour": colour, "shape": shape if clear else None}
 
@@ -468,15 +446,10 @@ def read_picture(image: np.ndarray) -> dict[str, str | None]:
     mask &= _neighbours(mask) >= 4
 
     # An empty band of columns, or else of rows, separates two things.
-    columns, rows = _spans(mask.any(axis=0)), _spans(mask.any(axis=1))
-    position = "left of" if len(columns) > 1 else "above"
-    parts = []
-    for span in columns if len(columns) > 1 else rows:
-        part = np.zeros_like(mask)
-        index = (slice(None), span) if len(columns) > 1 else span
-        part[index] = mask[index]
-        if part.sum() >= 0.005 * mask.size:
-            parts.append(part)
+    position, parts = "left of", _split(mask)
+    if len(parts) < 2:
+        position, parts = "above", [part.T for part in _split(mask.T)]
+    parts = [part for part in parts if part.sum() >= 0.005 * mask.size]
     if len(parts) not in (1, 2):
         return nothing | {"background": background}
     reading, *others = (_read_thing(pixels, ground, part, hard=len(parts) == 2) for part in parts)
@@ -518,16 +491,6 @@ def open_source(data, config, caption_template="a photo of a {}", max_missing=0.
     if is_builtin(data):
         return BuiltinShapes(config.resolution, hard=data == "shapes-hard")
     return CaptionedImages(data, caption_template, max_missing, ranks)
-
-
-def distinct_captions(source, limit):
-    """All different captions, in order, or None where they are more than `limit`."""
-    seen = {}
-    for text in source.texts:
-        seen[text] = None
-        if len(seen) > limit:
-            return None
-    return list(seen)
 
 
 # Captioned images on disk
@@ -614,7 +577,7 @@ class ZipFiles:
 
 def read_table(file, image_columns=("file_name", "image", "image_name"), text_columns=("text", "caption", "comment")):
     """(image, caption) pairs of a CSV file with a header such as `image,caption` or `file_name,text`."""
-    rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""), strict=True)
     header = [column.strip().lower() for column in next(rows, [])]
     image = next((header.index(name) for name in image_columns if name in header), None)
     text = next((header.index(name) for name in text_columns if name in header), None)
@@ -631,7 +594,7 @@ def read_table(file, image_columns=("file_name", "image", "image_name"), text_co
 
 def read_flickr_tokens(file):
     """(image, caption) pairs of `name.jpg#0<TAB>caption` lines, as Flickr8k and Flickr30k come."""
-    for line in io.TextIOWrapper(file, "utf-8-sig"):
+    for line in io.TextIOWrapper(file, "utf-8-sig", "replace"):
         name, tab, caption = line.partition("\t")
         if tab:
             yield name.rpartition("#")[0] or name, caption
@@ -639,7 +602,7 @@ def read_flickr_tokens(file):
 
 def read_json_lines(file):
     """(image, caption) pairs of {"file_name": ..., "text": ...} lines; text may be a list of captions."""
-    for line in io.TextIOWrapper(file, "utf-8-sig"):
+    for line in io.TextIOWrapper(file, "utf-8-sig", "replace"):
         if line.strip():
             row = json.loads(line)
             texts = row["text"] if "text" in row else row["caption"]
@@ -715,10 +678,10 @@ class CaptionedImages:
         for image in images:
             base_name = image.rpartition("/")[2]
             by_base_name[base_name] = None if base_name in by_base_name else image   # which of two is meant is not known
-        order, owners, missing = {}, array("q"), {}
+        order, owners, missing, garbled = {}, array("q"), {}, {}
 
         def present():
-            """Captions whose image is there; `order` and `owners` collect their images, `missing` the others."""
+            """Captions whose image is there; `order` and `owners` collect their images, `missing` and `garbled` the mistakes."""
             for captions_file, written, caption in pairs:
                 folder, slash, _ = (captions_file or "").rpartition("/")
                 beside = folder + slash + written.removeprefix("./")
@@ -727,16 +690,22 @@ class CaptionedImages:
                     missing.setdefault(written, captions_file)
                 else:
                     owners.append(order.setdefault(name, len(order)))
-                    yield " ".join(caption.encode("utf-8", "replace").decode().split())   # no half characters
+                    caption = caption.encode("utf-8", "replace").decode()   # no half characters
+                    if "\ufffd" in caption:
+                        garbled.setdefault(written, captions_file)
+                    yield " ".join(caption.split())
 
         texts = PackedStrings.pack(present())
-        if missing:
-            example, captions_file = next(iter(missing.items()))
-            message = (f"--data {self.path}: {len(missing)} image(s) named in {captions_file} are not there, or in "
-                       f"several folders, for example {example!r}")
-            if len(missing) > max_missing * (len(missing) + len(order)):
-                raise ValueError(f"{message}; add the files or remove their captions")
-            warnings.warn(f"{message}; their captions are left out", stacklevel=3)
+        for found, what, fix, so in (
+                (missing, "are not there, or in several folders", "add the files or remove their captions", "these are left out"),
+                (garbled, "have captions that are not in UTF-8", "convert that file", "what cannot be read becomes \ufffd")):
+            if not found:
+                continue
+            example, captions_file = next(iter(found.items()))
+            message = f"--data {self.path}: {len(found)} image(s) named in {captions_file} {what}, for example {example!r}"
+            if len(found) > max_missing * (len(missing) + len(order)):
+                raise ValueError(f"{message}; {fix}")
+            warnings.warn(f"{message}; {so}", stacklevel=3)
         if not order:
             raise ValueError(f"--data {self.path}: the captions file holds no captions")
         owners = np.frombuffer(owners, np.int64)
@@ -754,22 +723,22 @@ class CaptionedImages:
 
     def content(self, i):
         """The bytes of image i's file; none where it cannot be read."""
-        try:
-            with self.files.open(self.names[i]) as file:
-                return file.read()
-        except Exception as error:   # zipfile raises a dozen kinds on damaged bytes
-            if getattr(error, "errno", None) in OUT_OF_REACH:
-                raise
-            return b""
+        with suppress(UnreadableImage):
+            return self._read(i, lambda file: file.read())
+        return b""
 
     def image(self, i, channels, side, place=(0.5, 0.5)):
-        """Image i as a (side, side) picture: see `read_image`. Raises: UnreadableImage; OSError where not the file but the
-        whole data cannot be reached, for a minute, so that a passing fault of the file system changes no sample."""
+        """Image i as a (side, side) picture: see `read_image`. Raises: UnreadableImage, OSError."""
+        return self._read(i, lambda file: read_image(file, channels, side, place))
+
+    def _read(self, i, use):
+        """use(file) of image i's file. Raises: UnreadableImage; OSError where not the file but the whole data cannot be
+        reached, for a minute, so that a passing fault of the file system changes no sample."""
         for wait in (1, 2, 4, 8, 16, 32, 0):
             try:
                 with self.files.open(self.names[i]) as file:
-                    return read_image(file, channels, side, place)
-            except Exception as error:   # Pillow raises a dozen kinds on damaged bytes
+                    return use(file)
+            except Exception as error:   # Pillow and zipfile raise a dozen kinds on damaged bytes
                 if self.path.exists() and getattr(error, "errno", None) not in OUT_OF_REACH:
                     raise UnreadableImage(f"--data {self.path}: {self.names[i]!r} cannot be read as an image ({error}); "
                                           "repair or remove it") from None
@@ -780,16 +749,14 @@ class CaptionedImages:
 
 def first_readable(source, images, index, *how):
     """(number, picture, numbers passed over) of image `index` or, where it cannot be read, of the first after it in the
-    ascending array `images` that can: a choice of the data alone. Raises: UnreadableImage after a hundred in a row."""
+    ascending array `images` that can: a choice of the data alone. Raises: ValueError after a hundred in a row."""
     start, passed = np.searchsorted(images, index), []
     for k in range(start, start + min(100, len(images))):
         number = int(images[k % len(images)])
-        try:
+        with suppress(UnreadableImage):
             return number, source.image(number, *how), passed
-        except UnreadableImage as error:
-            passed.append(number)
-            problem = error
-    raise problem
+        passed.append(number)
+    raise ValueError(f"--data: none of {len(passed)} images from number {passed[0]} on can be read; repair or remove them")
 
 
 def read_image(file, channels, side, place=(0.5, 0.5)):
@@ -816,15 +783,18 @@ def read_image(file, channels, side, place=(0.5, 0.5)):
 
 
 class Pictures(Dataset):
-    """Pictures one by one: image(i) is picture i as PIL image, or None to leave it out, content(i) the bytes it is made of."""
+    """Pictures one by one: image(i) is picture i as PIL image, content(i) what it is made of. Unreadable ones are left out."""
 
     def __init__(self, count, image, content):
         self.count, self.image, self.content = count, image, content
 
     def __getitems__(self, indices):
-        pictures = {i: np.asarray(image) for i in indices if (image := self.image(i)) is not None}
-        arrays = np.stack(list(pictures.values()) or [np.zeros((0, 0))])
-        return list(pictures), torch.from_numpy(arrays.reshape(*arrays.shape[:3], -1)).permute(0, 3, 1, 2)
+        pictures = {}
+        for i in indices:
+            with suppress(UnreadableImage):
+                pictures[i] = np.atleast_3d(np.asarray(self.image(i)))   # (H, W, c)
+        arrays = np.stack(list(pictures.values()) or [np.zeros((0, 0, 0))])
+        return list(pictures), torch.from_numpy(arrays).permute(0, 3, 1, 2)
 
     def batches(self, numbers, ranks):
         """(image numbers, uint8 (B, c, H, W)) for each of these lists of image numbers."""
@@ -832,17 +802,18 @@ class Pictures(Dataset):
 
     def contents(self, ranks):
         """A hash of each picture's bytes, whatever its name, place and date."""
-        mine = [hash_of([self.content(i)]) for i in range(ranks.rank, self.count, ranks.world_size)]
-        hashes = [None] * self.count
-        for rank, part in enumerate(ranks.gather(mine)):
-            hashes[rank::ranks.world_size] = part
-        return hashes
+        return in_order(ranks.gather([hash_of([self.content(i)]) for i in range(ranks.rank, self.count, ranks.world_size)]))
 
 
 def shares(count, ranks, batch_size):
     """This rank's image numbers in batches; image i belongs to rank i mod world_size, so each is there exactly once."""
     mine = list(range(ranks.rank, count, ranks.world_size))
     return [mine[start:start + batch_size] for start in range(0, len(mine), batch_size)]
+
+
+def in_order(parts):
+    """What belongs to images 0, 1, ..., from every rank's part of it in a list or tensor, shared out as above."""
+    return [item for row in zip_longest(*parts) for item in row if item is not None]
 
 
 class LatentCache:
@@ -874,16 +845,14 @@ class LatentCache:
 
     def open(self, k):
         """Map chunk k; returns whether it is there and whole. Nothing in the file is executed."""
-        try:
-            chunk = np.load(self.path(k), mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            return False
-        except (ValueError, EOFError) as error:
-            warnings.warn(f"{self.path(k)}: damaged ({error}); its images are encoded again", stacklevel=2)
-            return False
-        fits = chunk.shape == (len(self.images(k)), *self.shape) and chunk.dtype == np.float16
-        self.chunks[k] = chunk if fits else None
-        return fits
+        with suppress(FileNotFoundError):
+            try:
+                chunk = np.load(self.path(k), mmap_mode="r", allow_pickle=False)
+                if chunk.shape == (len(self.images(k)), *self.shape) and chunk.dtype == np.float16:
+                    self.chunks[k] = chunk
+            except (ValueError, EOFError) as error:
+                warnings.warn(f"{self.path(k)}: damaged ({error}); its images are encoded again", stacklevel=2)
+        return self.chunks[k] is not None
 
     def build(self, pictures, encode, write, ranks, batch_size=16):
         """Encode what is missing, shared out over all ranks, and map all of it. encode: uint8 images (B, c, H, W) to mean and
@@ -905,7 +874,7 @@ class LatentCache:
         with tqdm(total=sum(len(self.images(k)) for k in mine), desc="caching latents", unit="image",
                   disable=not (ranks.is_main and missing)) as bar:
             for k in mine:
-                if not self.path(k).exists() or not self.open(k):   # another job may have been faster
+                if not self.open(k):   # another job may have been faster
                     numbers = self.images(k)
                     batches = [list(numbers[i:i + batch_size]) for i in range(0, len(numbers), batch_size)]
                     moments = np.full((len(numbers), *self.shape), np.nan, np.float16)   # what cannot be read stays NaN
@@ -951,7 +920,7 @@ class Samples(Dataset):
     def __init__(self, source, tokenize, config, latent_shape, seed=0, random_crop=False, flip=False, validation=0,
                  images=None, latents=None):
         """`tokenize` maps captions to tokens (B, L); `images` are those of the split, ascending, all by default. With
-        `validation` = n > 0 these are the n fixed validation samples: no dropout, crop or flip, and timesteps spread evenly
+        `validation` = n > 0 these are the n fixed validation samples: no caption is dropped, and timesteps are spread evenly
         over [0, T). `latents`: a LatentCache to use in place of images."""
         self.source, self.tokenize, self.config, self.latent_shape = source, tokenize, config, latent_shape
         self.seed, self.random_crop, self.flip, self.validation = seed, random_crop, flip, validation
@@ -969,14 +938,10 @@ class Samples(Dataset):
         for k, (epoch, position, index) in enumerate(keys):
             rng = counter_rng("validation", position) if self.validation else counter_rng("sample", self.seed, epoch, position)
             u = rng.random(6)   # one number for each choice, drawn whether used or not, so that no switch shifts another
-            place, mirror, empty = (0.5, 0.5), False, False
-            if self.validation:
-                t.append(int((position + 0.5) / self.validation * self.config.num_train_timesteps))
-            else:
-                empty = u[1] < self.config.caption_dropout
-                place = (u[2], u[3]) if self.random_crop else (0.5, 0.5)
-                mirror = self.flip and u[4] < 0.5
-                t.append(int(u[5] * self.config.num_train_timesteps))
+            empty = u[1] < self.config.caption_dropout and not self.validation
+            place = (u[2], u[3]) if self.random_crop else (0.5, 0.5)
+            mirror = self.flip and u[4] < 0.5
+            t.append(int(((position + 0.5) / self.validation if self.validation else u[5]) * self.config.num_train_timesteps))
             if self.latents:
                 number, image, passed = first_readable(self.latents, self.split, index, mirror)
             else:
@@ -1048,13 +1013,9 @@ def validation_batches(images, batch_size, ranks):
 
 def make_loader(samples, batches, device, workers=0, persistent=True):
     """A DataLoader over prepared batches, whose workers leave signals to the main process; `persistent` ones outlive an epoch."""
-    return DataLoader(samples, batch_sampler=batches, collate_fn=_as_is, num_workers=workers, worker_init_fn=_outlive_signals,
-                      pin_memory=device.type == "cuda", persistent_workers=persistent and workers > 0,
+    return DataLoader(samples, batch_sampler=batches, collate_fn=lambda batch: batch, pin_memory=device.type == "cuda",
+                      num_workers=workers, worker_init_fn=_outlive_signals, persistent_workers=persistent and workers > 0,
                       prefetch_factor=4 if workers else None, multiprocessing_context="fork" if workers else None)
-
-
-def _as_is(batch):
-    return batch
 
 
 def _outlive_signals(_):
@@ -1093,14 +1054,8 @@ class TrainingData:
         """Encode all images once, or find them encoded; write(path, fill) lets fill(file) write a file atomically. The folder's
         name is a hash of all that the latents depend on."""
         codec, side = model.codec, model.config.resolution
-
-        def image(i):
-            try:
-                return self.source.image(i, 3, side)
-            except UnreadableImage:   # then its place in the cache says so, and training replaces it
-                return None
-
-        pictures = Pictures(len(self.source), image, self.source.content)
+        # The place of one that is unreadable will say so, and training replaces it.
+        pictures = Pictures(len(self.source), lambda i: self.source.image(i, 3, side), self.source.content)
         made_of = dict(images=hash_of(pictures.contents(ranks)), resolution=side, crop="centre", flips=1 + args.flip,
                        vae=hash_of_weights(codec.vae), scale=codec.scale, shift=codec.shift, dtype="float16")
         folder = Path(args.cache_latents or Path(args.data).parent) / f"latents_{hash_of([made_of])[:16]}"
@@ -1113,9 +1068,13 @@ class TrainingData:
         workers = args.workers
         if workers is None:
             workers = 0 if is_builtin(args.data) else loader_workers(ranks)
-        captions = distinct_captions(self.source, 2**30 // (4 * model.config.token_length * model.text_encoder.width))
-        if captions:   # their features fit into 1 GiB
-            model.text_encoder.remember([*captions, ""])
+        captions, limit = {"": None}, 2**30 // (4 * model.config.token_length * model.text_encoder.width)
+        for text in self.source.texts:
+            captions[text] = None
+            if len(captions) > limit:
+                break
+        else:   # the features of all different captions fit into 1 GiB
+            model.text_encoder.remember(captions)
         common = dict(source=self.source, tokenize=model.text_encoder.tokenize, config=model.config,
                       latent_shape=model.codec.latent_shape, latents=self.latents)
         samples = Samples(**common, seed=args.seed, random_crop=args.random_crop, flip=args.flip, images=self.train_images)

@@ -31,9 +31,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import data
-from data import Pictures, amp_dtype, counter_rng, hash_of, hash_of_weights, run_main, setup_ranks, shares
-from models import load_model, load_pretrained, write_atomically
-from sample import DEFAULTS, add_sampling_flags, check_sampling_flags, generate, sampling_settings
+from data import Pictures, amp_dtype, counter_rng, hash_of, hash_of_weights, in_order, run_main, setup_ranks, shares
+from models import load_model, load_pretrained, load_whole, write_atomically
+from sample import DEFAULTS, add_sampling_flags, check_at_least, generate, sampling_settings
 
 METRICS = ("accuracy", "fid", "kid", "clip", "clip-fd")
 PLACES = ("checkpoint", "images", "data", "inception_weights", "clip_model", "output", "cache_dir", "device", "batch_size")
@@ -55,7 +55,7 @@ class Inception:
     with antialias=False; torchmetrics' default, with antialiasing, gives other figures.
     """
 
-    name, metrics = "inception", ("fid", "kid")
+    name, frechet = "inception", "fid"
 
     def __init__(self, layer, weights, device):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -77,15 +77,11 @@ class Inception:
 class Clip:
     """A CLIP model: images uint8 (B, c, H, W), or prompts, to projected features (B, d) float32."""
 
-    name, metrics = "clip", ("clip", "clip-fd")
+    name, frechet = "clip", "clip-fd"
 
     def __init__(self, name, device):
         from transformers import CLIPModel, CLIPProcessor
-        self.network, info = load_pretrained(lambda place, **kwargs: CLIPModel.from_pretrained(
-            place, output_loading_info=True, **kwargs), name, "clip", "--clip-model")
-        if info["missing_keys"]:
-            raise ValueError(f"--clip-model {name}: lacks {sorted(info['missing_keys'])[0]} and {len(info['missing_keys']) - 1} "
-                             "more weights; give a whole CLIP model, with text and image encoder")
+        self.network = load_whole(CLIPModel, name, "clip", "--clip-model")
         self.processor = load_pretrained(CLIPProcessor.from_pretrained, name, "clip", "--clip-model")
         self.network.to(device, torch.float32).requires_grad_(False).eval()
         self.dim = self.network.config.projection_dim
@@ -129,10 +125,7 @@ class FeatureStatistics:
     def reduce(self, ranks):
         """Join all ranks' parts, on every rank; image i was on rank i mod world_size."""
         ranks.sum(self.moments)
-        parts = ranks.gather(self.features)
-        self.features = torch.empty(sum(map(len, parts)), *self.features.shape[1:])
-        for rank, part in enumerate(parts):
-            self.features[rank::ranks.world_size] = part
+        self.features = torch.stack(in_order(ranks.gather(self.features)))
         return self
 
     def gaussian(self):
@@ -158,16 +151,12 @@ def kernel_distance(generated, reference, device):
     """Mean and standard deviation of the unbiased MMD^2 with kernel (x . y / d + 1)^3 over random subsets (Binkowski et al.
     2018, Eq. 4); the subsets are those that torch-fidelity draws."""
     from torchmetrics.image.kid import poly_mmd
-    rng, size = np.random.RandomState(2020), kid_subset_size(len(generated), len(reference))
+    size = min(KID_SUBSET_SIZE, len(generated) // 2, len(reference) // 2)   # at most half of a set, so that subsets differ
+    rng = np.random.RandomState(2020)
     sets = [features.to(device, torch.float64) for features in (generated, reference)]
     values = [poly_mmd(*(features[rng.choice(len(features), size, replace=False)] for features in sets)).item()
               for _ in range(KID_SUBSETS)]
     return np.mean(values).item(), np.std(values).item()
-
-
-def kid_subset_size(*counts):
-    """At most half of the smaller set, so that subsets differ."""
-    return min(KID_SUBSET_SIZE, *(count // 2 for count in counts))
 
 
 # Prompt accuracy
@@ -315,19 +304,10 @@ def choose_metrics(args):
     return [name for name in METRICS if name in chosen]
 
 
-def too_few(metric, dim, generated, reference):
-    """Why this metric cannot be had from so few pictures, or None."""
-    for what, count in (("--num-images", generated), ("a reference of", reference)):
-        if metric in ("fid", "clip-fd") and count < dim:
-            return (f"--metrics {metric}: {what} {count} is below the {dim} dimensions of the features, so the covariance is "
-                    "singular and the distance says more of the count than of the pictures; use kid, or more images")
-    return None
-
-
 def load_networks(task, args, ranks, cache):
     """Load the feature networks that the metrics need, and their reference statistics; returns what these are made of.
 
-    A metric chosen by default that the number of pictures does not allow is left out with a note.
+    A Frechet distance chosen by default that the number of pictures does not allow is left out with a note.
     Raises: ValueError where it was asked for by --metrics."""
     made_of, networks = {}, []
     if {"fid", "kid"} & set(task.metrics):
@@ -336,14 +316,15 @@ def load_networks(task, args, ranks, cache):
         networks.append(Clip(args.clip_model, ranks.device))
     pictures = hash_of(sorted(task.reference.contents(ranks))) if networks else None
     for network in networks:
-        for metric in [metric for metric in network.metrics if metric in task.metrics]:
-            reason = too_few(metric, network.dim, task.count, task.reference.count)
-            if reason and args.metrics:
+        if network.frechet in task.metrics and min(task.count, task.reference.count) < network.dim:
+            few = f"--num-images {task.count}" if task.count < network.dim else f"a reference of {task.reference.count}"
+            reason = (f"--metrics {network.frechet}: {few} is below the {network.dim} dimensions of the features, so their "
+                      "covariance is singular and the distance says more of the count than of pictures; use kid or more images")
+            if args.metrics:
                 raise ValueError(reason)
-            if reason:
-                task.metrics.remove(metric)
-                if ranks.is_main:
-                    print(f"left out: {reason}")
+            task.metrics.remove(network.frechet)
+            if ranks.is_main:
+                print(f"left out: {reason}")
         made_of[network.name] = dict(network=network.settings, pictures=pictures, count=task.reference.count, crop="centre",
                                      resolution=args.resolution, channels=args.channels, kid_images=KID_IMAGES)
         task.networks[network] = reference_statistics(network, task.reference, made_of[network.name], cache, ranks,
@@ -374,9 +355,9 @@ def judge(task, batches, label, ranks):
         values["clip"] = max(0.0, ranks.sum(clip_sum).item() / task.count)
     for network, reference in task.networks.items():
         generated = statistics[network].reduce(ranks)
-        for metric in {"fid", "clip-fd"} & set(network.metrics) & set(task.metrics):
-            values[metric] = frechet_distance(generated, reference)
-        if "kid" in network.metrics and "kid" in task.metrics:
+        if network.frechet in task.metrics:
+            values[network.frechet] = frechet_distance(generated, reference)
+        if network.name == "inception" and "kid" in task.metrics:
             values["kid"], values["kid_std"] = kernel_distance(generated.features, reference.features, ranks.device)
     for name, value in values.items():
         if name != "accuracy" and not math.isfinite(value):
@@ -452,9 +433,7 @@ def parse_args(argv=None):
     group.add_argument("--output", type=Path, help="where the results' folder is made (default: beside what is judged)")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
-    check_sampling_flags(args)
-    if args.num_images is not None and args.num_images < 4:
-        raise ValueError(f"--num-images {args.num_images}: must be at least 4")
+    check_at_least(args, num_images=4, batch_size=1, seed=0)
     if args.checkpoint and args.resolution:
         raise ValueError(f"--resolution {args.resolution}: goes with --images; a model has its own, so leave it out")
     if args.images and not (args.data and args.resolution):

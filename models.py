@@ -15,7 +15,6 @@ import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,24 +28,33 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTraine
 # Configuration
 
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def flag(default, text, **more):
+    """A field of ModelConfig that is a flag of train.py too, with this help."""
+    return field(default=default, metadata=dict(help=text, **more))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What the model is. It travels inside every checkpoint, so sampling and evaluation need no model flags."""
 
-    unet: dict = field(default_factory=dict)              # keyword arguments of UNet2DConditionModel
-    resolution: int = 256                                 # side of the square images, in pixels
-    image_channels: int = 3                               # 3: RGB, 1: greyscale
-    text_encoder: str = "openai/clip-vit-base-patch32"    # hub id, local folder, or "builtin"
-    builtin_words: list = field(default_factory=list)     # vocabulary of the built-in text encoder
-    token_length: int = 77                                # tokens per caption, padded or cut to this
-    pooled_text: bool = False                             # mean token feature added to the timestep embedding
-    vae: str = "stabilityai/sdxl-vae"                     # hub id, local folder, or "none" for pixel space
-    pixel_unshuffle: int = 1                              # pixel space only: fold p x p pixels into the channels
-    num_train_timesteps: int = 1000                       # T
-    beta_schedule: str = "scaled_linear"                  # linear | scaled_linear | cosine
-    zero_terminal_snr: bool = False                       # rescale the betas so that x_T is pure noise
-    prediction_type: str = "epsilon"                      # epsilon | v_prediction | sample
-    caption_dropout: float = 0.1                          # share of captions replaced by "" for guidance
+    unet: dict = field(default_factory=dict)            # keyword arguments of UNet2DConditionModel
+    resolution: int = flag(256, "side of the square images, in pixels")
+    image_channels: int = flag(3, "3 for RGB; 1 for greyscale, with --vae none", choices=(1, 3))
+    text_encoder: str = flag("openai/clip-vit-base-patch32", "CLIP text model: hub id or local folder")   # or "builtin"
+    builtin_words: list = field(default_factory=list)   # vocabulary of the built-in text encoder
+    token_length: int = flag(77, "tokens per caption, which is padded or cut to this; 16 to 77")
+    pooled_text: bool = flag(False, "add the mean token feature to the timestep embedding")
+    vae: str = flag("stabilityai/sdxl-vae", 'AutoencoderKL or AutoencoderTiny: hub id or local folder; "none" for pixel space')
+    pixel_unshuffle: int = flag(1, "in pixel space, fold p x p pixels into the channels")
+    num_train_timesteps: int = flag(1000, "T")
+    beta_schedule: str = flag("scaled_linear", "of the forward process", choices=BETA_SCHEDULES)
+    zero_terminal_snr: bool = flag(False, "rescale the betas so that x_T is pure noise (Lin et al. 2024)")
+    prediction_type: str = flag("epsilon", "what the network learns to output", choices=PREDICTION_TYPES)
+    caption_dropout: float = flag(0.1, "share of captions emptied, for classifier-free guidance")
 
     def __post_init__(self):
         def check(ok, name, fix):
@@ -64,24 +72,19 @@ class ModelConfig:
               "must be 1, or more in pixel space: add --vae none")
         check(self.resolution > 0 and self.resolution % self.pixel_unshuffle == 0, "resolution",
               f"must be a positive multiple of --pixel-unshuffle {self.pixel_unshuffle}")
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
-            raise ValueError("--zero-terminal-snr: at zero SNR x_t is the noise itself and epsilon-prediction learns "
-                             "nothing; add --prediction-type v_prediction or sample")
+        check(self.prediction_type != "epsilon" or not self.zero_terminal_snr, "zero_terminal_snr", "x_t becomes the noise "
+              "itself and epsilon-prediction learns nothing; add --prediction-type v_prediction or sample")
 
     @classmethod
     def from_dict(cls, values):
         """The config stored in a checkpoint; unknown keys are an error, not ignored."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
+        if unknown := set(values) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown config entries {sorted(unknown)}: written by a newer version of this code")
         return cls(**values)
 
     def to_dict(self):
         return asdict(self)
 
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 PRESETS = {
     # 3 M parameters for the built-in pictures: learns in minutes on two CPU cores, on an 8 x 8 grid of 4 x 4 pixels.
@@ -223,30 +226,33 @@ class NoiseSchedule:
 WHOLE = dict(low_cpu_mem_usage=False)   # the other way needs accelerate, and says so
 
 
-def load_pretrained(load, name, subfolder, flag):
-    """load(name) or, for a diffusers pipeline, its sub-folder; a one-line error where neither is there."""
+def load_pretrained(load, name, subfolder, flag, **options):
+    """load(name, **options) or, for a diffusers pipeline, that of its sub-folder; a one-line error where neither is there."""
     if not name:
         raise ValueError(f"{flag}: give a hub id or a folder")
-    if Path(name).is_dir():
-        places = [Path(name) / subfolder, Path(name)]
-        places = [str(place) for place in places if (place / "config.json").is_file()]
-        if not places:
-            raise FileNotFoundError(f"{flag} {name}: no config.json in the folder or its {subfolder}/")
+    folder, places, errors = Path(name), [{}, dict(subfolder=subfolder)], []
+    if folder.is_dir():
+        places = places[1:] if (folder / subfolder).is_dir() else places[:1]
+    for place in places:
         try:
-            return load(places[0])
-        except OSError as error:
-            raise ValueError(f"{flag} {name}: {str(error).strip().splitlines()[0]}") from error
-    errors = []
-    for kwargs in ({}, {"subfolder": subfolder}):
-        try:
-            return load(name, **kwargs)
-        except OSError as error:
+            return load(name, **place, **options)
+        except (OSError, ValueError) as error:
             errors.append(error)
+    if folder.is_dir():
+        raise ValueError(f"{flag} {name}: {' '.join(str(errors[0]).split())[:300]}") from errors[0]
     raise FileNotFoundError(
         f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub or its cache "
         f"(HF_HOME={os.environ.get('HF_HOME', '~/.cache/huggingface')}, HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '0')}); "
         f"where there is internet, run: hf download {name} (on a cluster: bash slurm/fetch.sh with this run's flags)"
     ) from errors[0]
+
+
+def load_whole(kind, name, subfolder, flag):
+    """A transformers model of this class, none of whose weights are missing and so random."""
+    model, info = load_pretrained(kind.from_pretrained, name, subfolder, flag, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{flag} {name}: lacks {len(missing)} weights ({missing[0]}, ...); give a whole {kind.__name__}")
+    return model
 
 
 def builtin_tokenizer(words):
@@ -281,28 +287,14 @@ class TextEncoder(nn.Module):
                 norm, = [module for name, module in self.clip.named_modules() if name.endswith("final_layer_norm")]
                 nn.init.constant_(norm.weight, config.token_length)
         else:
-            self.clip, info = load_pretrained(
-                lambda name, **kwargs: CLIPTextModel.from_pretrained(name, output_loading_info=True, **kwargs),
-                config.text_encoder, "text_encoder", "--text-encoder")
-            if info["missing_keys"]:
-                raise ValueError(f"--text-encoder {config.text_encoder}: lacks {len(info['missing_keys'])} weights of a "
-                                 f"CLIP text model ({sorted(info['missing_keys'])[0]}, ...); give a CLIP model")
-            self.tokenizer = self._load_tokenizer(config.text_encoder)
+            self.clip = load_whole(CLIPTextModel, config.text_encoder, "text_encoder", "--text-encoder")
+            self.tokenizer = load_pretrained(AutoTokenizer.from_pretrained, config.text_encoder, "tokenizer", "--text-encoder")
             longest = self.clip.config.max_position_embeddings
             if config.token_length > longest:
                 raise ValueError(f"--token-length {config.token_length}: {config.text_encoder} takes at most {longest}")
         self.width = self.clip.config.hidden_size
-        self.numbers, self.remembered = {}, None   # see remember()
+        self.numbers, self.remembered = {}, torch.empty(0)   # see remember()
         self.float().requires_grad_(False).eval()   # whatever dtype the weights were stored in
-
-    @staticmethod
-    def _load_tokenizer(name):
-        for subfolder in ("tokenizer", ""):
-            try:
-                return AutoTokenizer.from_pretrained(name, subfolder=subfolder)
-            except (OSError, ValueError) as error:
-                problem = error
-        raise FileNotFoundError(f"--text-encoder {name}: its tokenizer is missing") from problem
 
     def remember(self, captions, batch_size=256):
         """Encode these captions once and for all, in float32: from now on they are looked up."""
@@ -334,8 +326,8 @@ class ImageCodec(nn.Module):
     def __init__(self, config):
         """Raises: FileNotFoundError where the VAE is missing, ValueError where it does not fit the images."""
         super().__init__()
-        self.vae, self.patch = None, config.pixel_unshuffle
-        if config.vae == "none":
+        self.is_pixel_space, self.patch = config.vae == "none", config.pixel_unshuffle
+        if self.is_pixel_space:
             side = config.resolution // self.patch
             self.latent_shape = (config.image_channels * self.patch**2, side, side)
             return
@@ -343,7 +335,7 @@ class ImageCodec(nn.Module):
         kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
         if found.get("_class_name") not in kinds:
             raise ValueError(f"--vae {config.vae}: is a {found.get('_class_name')}, not one of {', '.join(kinds)}")
-        self.vae = load_pretrained(partial(kinds[found["_class_name"]].from_pretrained, **WHOLE), config.vae, "vae", "--vae")
+        self.vae = load_pretrained(kinds[found["_class_name"]].from_pretrained, config.vae, "vae", "--vae", **WHOLE)
         self.vae.float().requires_grad_(False).eval()
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
         blocks = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
@@ -352,15 +344,11 @@ class ImageCodec(nn.Module):
             raise ValueError(f"--resolution {config.resolution}: {config.vae} needs a multiple of {factor}")
         self.latent_shape = (self.vae.config.latent_channels, config.resolution // factor, config.resolution // factor)
 
-    @property
-    def is_pixel_space(self):
-        return self.vae is None
-
     @torch.no_grad()
     def moments(self, images):
         """Mean and standard deviation of the scaled posterior q(x_0 | image), both (B, C, h, w); std is 0 where the
         codec is deterministic (pixels, AutoencoderTiny)."""
-        if self.vae is None:
+        if self.is_pixel_space:
             x_0 = F.pixel_unshuffle(images, self.patch)
             return x_0, torch.zeros_like(x_0)
         with torch.autocast(images.device.type, enabled=False):
@@ -378,7 +366,7 @@ class ImageCodec(nn.Module):
     @torch.no_grad()
     def decode(self, x_0, slice_size=8):
         """Images (B, c, H, W) in [-1, 1]; decoded `slice_size` at a time, so that memory stays flat in B."""
-        if self.vae is None:
+        if self.is_pixel_space:
             return F.pixel_shuffle(x_0, self.patch).clamp(-1, 1)
         with torch.autocast(x_0.device.type, enabled=False):
             slices = [self.vae.decode(part.float() / self.scale + self.shift).sample for part in x_0.split(slice_size)]
@@ -416,7 +404,7 @@ def read_unet_config(name):
 
 def load_unet_weights(unet, name):
     """Copy the weights of that UNet into ours."""
-    pretrained = load_pretrained(partial(UNet2DConditionModel.from_pretrained, **WHOLE), name, "unet", "--init-unet")
+    pretrained = load_pretrained(UNet2DConditionModel.from_pretrained, name, "unet", "--init-unet", **WHOLE)
     load_parameters(unet, dict(pretrained.named_parameters()))
 
 
@@ -566,31 +554,22 @@ def load_checkpoint(path):
     raise ValueError(problem if not path.is_dir() else f"checkpoint {path}: none of the {len(candidates)} files can be read")
 
 
-@dataclass
 class Model:
-    """All that sampling needs: the networks on one device, and where they came from."""
+    """All that sampling needs: the networks on one device, and where they came from. The UNet is untrained at first,
+    initialised from torch's global seed."""
 
-    config: ModelConfig
-    unet: UNet2DConditionModel
-    text_encoder: TextEncoder
-    codec: ImageCodec
-    schedule: NoiseSchedule
-    device: torch.device
-    source: dict = field(default_factory=dict)     # path, epoch, step and weights, for the record
-    run: dict = field(default_factory=dict)        # the training run's flags and how many images it trained on
-
-
-def build_model(config, device="cpu"):
-    """A Model with an untrained UNet, initialised from torch's global seed."""
-    text_encoder, codec = TextEncoder(config).to(device), ImageCodec(config).to(device)
-    unet = build_unet(config, codec.latent_shape, text_encoder.width).to(device)
-    return Model(config, unet, text_encoder, codec, NoiseSchedule(config, device), torch.device(device))
+    def __init__(self, config, device="cpu"):
+        self.config, self.device, self.schedule = config, torch.device(device), NoiseSchedule(config, device)
+        self.text_encoder, self.codec = TextEncoder(config).to(device), ImageCodec(config).to(device)
+        self.unet = build_unet(config, self.codec.latent_shape, self.text_encoder.width).to(device)
+        self.source = {}   # path, epoch, step and weights, for the record
+        self.run = {}      # the training run's flags and how many images it trained on
 
 
 def load_model(checkpoint, device="cpu", weights="ema", compiled=False):
     """The Model in a checkpoint file or run folder, ready to sample; weights: "ema" (default) or "raw"."""
     payload, path = load_checkpoint(checkpoint)
-    model = build_model(ModelConfig.from_dict(payload["config"]), device)
+    model = Model(ModelConfig.from_dict(payload["config"]), device)
     load_parameters(model.unet, payload["ema" if weights == "ema" else "unet"])
     speed_up(model.unet.requires_grad_(False).eval(), model.device, compiled)
     model.source = dict(checkpoint=str(path), epoch=payload["epoch"], step=payload["step"], weights=weights)

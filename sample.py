@@ -18,7 +18,6 @@ import math
 import textwrap
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data import amp_dtype, counter_rng, run_main, setup_ranks
+from data import amp_dtype, counter_rng, in_order, run_main, setup_ranks
 from models import Model, apply_unet, load_model, make_betas
 
 # Samplers
@@ -99,12 +98,11 @@ def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_
     """
     T = model.schedule.num_train_timesteps
     both = torch.cat([negative_emb, text_emb])
-    autocast = torch.autocast(model.device.type, dtype=dtype) if dtype else nullcontext()
 
     def denoise(x_t, t):
         guide = guidance_scale != 1 and guidance_interval[0] <= t / T <= guidance_interval[1]
         x_in, emb = (torch.cat([x_t, x_t]), both) if guide else (x_t, text_emb)
-        with autocast:
+        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             output = apply_unet(model.unet, model.config, x_in, torch.full((len(x_in),), t, device=x_t.device), emb)
         output = output.to(x_t.dtype)
         if guide:
@@ -165,19 +163,14 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
                 estimates[k].append(to_uint8(model.codec.decode(x_0)))
         pictures.append(to_uint8(model.codec.decode(x_t)))
     bar.close()
-    pictures = torch.cat(pictures) if pictures else torch.empty(0, model.config.image_channels, model.config.resolution,
-                                                                model.config.resolution, dtype=torch.uint8)
+    pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])   # a rank may be left without prompts
     return (pictures, [torch.cat(parts) for parts in estimates]) if trajectory else pictures
 
 
 def generate_sharded(model, prompts, ranks, **kwargs):
     """The same pictures, each drawn by one rank and given to all: picture i belongs to rank i mod world_size."""
-    mine = list(range(ranks.rank, len(prompts), ranks.world_size))
-    parts = ranks.gather(generate(model, [prompts[i] for i in mine], indices=mine, **kwargs))
-    pictures = torch.empty(len(prompts), *parts[0].shape[1:], dtype=torch.uint8)
-    for rank, part in enumerate(parts):
-        pictures[rank::ranks.world_size] = part
-    return pictures
+    mine = range(ranks.rank, len(prompts), ranks.world_size)
+    return torch.stack(in_order(ranks.gather(generate(model, [prompts[i] for i in mine], indices=mine, **kwargs))))
 
 
 def to_uint8(images):
@@ -256,29 +249,27 @@ SAMPLING_FLAGS = ("seed", "sampler", "steps", "guidance_rescale", "guidance_inte
 
 def add_sampling_flags(parser):
     """The flags that say how pictures are drawn, with generate()'s defaults; evaluate.py shares them."""
-    group = parser.add_argument_group("sampling")
-    group.set_defaults(**{name: DEFAULTS[name] for name in SAMPLING_FLAGS})
-    group.add_argument("--sampler", choices=SAMPLERS, help="dpm++ is DPM-Solver++ 2M (default: %(default)s)")
-    group.add_argument("--steps", type=int, help="network evaluations per picture (default: %(default)s)")
-    group.add_argument("--guidance-rescale", type=float, help="phi of Lin et al. 2024, 0 to 1 (default: %(default)s, off)")
-    group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="guide only where t / T lies between these (default: everywhere)")
-    group.add_argument("--eta", type=float, help="DDIM's eta, 0 deterministic to 1 (default: %(default)s)")
-    group.add_argument("--negative-prompt", help="guide away from this text instead of the empty caption")
-    group.add_argument("--seed", type=int, help="picture i is a function of the seed and i (default: %(default)s)")
-    group.add_argument("--batch-size", type=int, help="pictures at a time on each process (default: %(default)s)")
-    group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights to use (default: %(default)s)")
-    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype of the network")
-    group.add_argument("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.set_defaults(**{name: DEFAULTS[name] for name in SAMPLING_FLAGS})
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sampler", choices=SAMPLERS, help="dpm++ is DPM-Solver++ 2M (default: %(default)s)")
+    add("--steps", type=int, help="network evaluations per picture (default: %(default)s)")
+    add("--guidance-rescale", type=float, help="phi of Lin et al. 2024, 0 to 1 (default: %(default)s, off)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at such t / T (default: all)")
+    add("--eta", type=float, help="DDIM's eta, 0 deterministic to 1 (default: %(default)s)")
+    add("--negative-prompt", help="guide away from this text instead of the empty caption")
+    add("--seed", type=int, help="picture i is a function of the seed and i (default: %(default)s)")
+    add("--batch-size", type=int, help="pictures at a time on each process (default: %(default)s)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="which weights to use (default: %(default)s)")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype of the network")
+    add("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
 
-def check_sampling_flags(args):
-    """Raises: ValueError that names the flag."""
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: must not be negative")
+def check_at_least(args, **least):
+    """Raises: ValueError that names the flag whose value is too small; one that was not given (None) passes."""
+    for name, minimum in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")
 
 
 def sampling_settings(args):
@@ -287,17 +278,17 @@ def sampling_settings(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Draw pictures for prompts with a trained model.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a checkpoint file")
-    parser.add_argument("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
-    parser.add_argument("--prompt-file", type=Path, help="a text file with one prompt per line")
-    parser.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
-    parser.add_argument("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"],
-                        help="s in uncond + s (cond - uncond); 1 is off (default: %(default)s)")
-    parser.add_argument("--steps-strip", action="store_true", help="also draw the first picture's way from noise to picture")
-    parser.add_argument("--output", type=Path, help="folder for the pictures (default: samples_TIME beside the checkpoint)")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the model for diffusers' StableDiffusionPipeline")
+    parser = argparse.ArgumentParser(description="Draw pictures for prompts with a trained model.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a checkpoint file")
+    add("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
+    add("--prompt-file", type=Path, help="a text file with one prompt per line")
+    add("--images-per-prompt", type=int, default=1, metavar="N")
+    add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"],
+        help="s in uncond + s (cond - uncond); 1 is off (default: %(default)s)")
+    add("--steps-strip", action="store_true", help="also draw the first picture's way from noise to picture")
+    add("--output", type=Path, help="folder for the pictures (default: samples_TIME beside the checkpoint)")
+    add("--export", type=Path, metavar="FOLDER", help="write the model for diffusers' StableDiffusionPipeline")
     add_sampling_flags(parser)
     args = parser.parse_args()
     if args.prompt_file:
@@ -306,18 +297,8 @@ def parse_args():
         args.prompts += [line.strip() for line in args.prompt_file.read_text("utf-8-sig").splitlines() if line.strip()]
     if not args.prompts and not args.export:
         raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
-    if args.images_per_prompt < 1:
-        raise ValueError(f"--images-per-prompt {args.images_per_prompt}: must be at least 1")
-    check_sampling_flags(args)
+    check_at_least(args, images_per_prompt=1, batch_size=1, seed=0)
     return args
-
-
-def save_png(picture, path, **record):
-    """A PNG that carries how it was made in its text chunks."""
-    info = PngInfo()
-    for key, value in record.items():
-        info.add_itxt(key, str(value))
-    to_pil(picture).save(path, pnginfo=info)
 
 
 def main():
@@ -329,6 +310,10 @@ def main():
         print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")
     if not args.prompts:
         return
+    words, known = " ".join(args.prompts).lower().split(), model.config.builtin_words
+    if ranks.is_main and known and (unknown := sorted(set(words) - set(known))):
+        warnings.warn(f"--prompts: {', '.join(unknown)}: not among the words of the built-in pictures, which are "
+                      f"{', '.join(known)}", stacklevel=1)
     prompts = [prompt for prompt in args.prompts for _ in range(args.images_per_prompt)]
     how = dict(sampling_settings(args), guidance_scale=args.guidance_scale)
     dtype = amp_dtype(args.amp, ranks.device)
@@ -338,7 +323,10 @@ def main():
     pictures = generate_sharded(model, prompts, ranks, progress=ranks.is_main, dtype=dtype, **how)
     if ranks.is_main:
         for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
-            save_png(picture, output / f"{i:05d}.png", prompt=prompt, index=i, **how, **model.source)
+            info = PngInfo()   # how it was made, in the file's text chunks
+            for key, value in dict(prompt=prompt, index=i, **how, **model.source).items():
+                info.add_itxt(key, str(value))
+            to_pil(picture).save(output / f"{i:05d}.png", pnginfo=info)
         make_grid(pictures, prompts).save(output / "grid.png")
         if args.steps_strip:
             make_strip(model, prompts[0], dtype=dtype, **how).save(output / "steps.png")

@@ -21,12 +21,12 @@ import sys
 import threading
 import time
 import warnings
-import weakref
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -41,101 +41,83 @@ from tqdm import tqdm
 
 import models
 from data import StopRequest, TrainingData, amp_dtype, is_builtin, run_main, setup_ranks, to_device, to_unit_range, vocabulary
-from models import BETA_SCHEDULES, EMA, PREDICTION_TYPES, PRESETS, ModelConfig, apply_unet, load_parameters
-from sample import generate_sharded, make_grid, make_strip
+from models import EMA, PRESETS, ModelConfig, apply_unet, load_parameters
+from sample import check_at_least, generate_sharded, make_grid, make_strip
 
 # What suits each preset; every value can be overridden by its flag.
 TRAINING_DEFAULTS = {
     "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay", ema_decay=0.998,
-                 adam_betas=(0.9, 0.99), min_snr_gamma=5.0, snr_floor=1.0),   # with 0.999 the loss may leap at this lr
-    "standard": dict(epochs=100, batch_size=128, lr=2e-4, warmup_steps=1000, lr_schedule="cosine", ema_decay=0.9999,
-                     min_snr_gamma=5.0, snr_floor=None),
-    "large": dict(epochs=100, batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant", ema_decay=0.9999,
-                  min_snr_gamma=5.0, snr_floor=None),
+                 adam_betas=(0.9, 0.99), snr_floor=1.0),   # with 0.999 the loss may leap at this lr
+    "standard": dict(epochs=100, batch_size=128, lr=2e-4, warmup_steps=1000, lr_schedule="cosine"),
+    "large": dict(epochs=100, batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant"),
 }
+MODEL_FLAGS = {option.name: option for option in fields(ModelConfig) if option.metadata}
+
+
+def number_or_none(text):
+    return None if text == "none" else float(text)
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description="Train a text-to-image latent diffusion model.")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="shapes",
-                      help='folder or .zip of captioned images, or the built-in "shapes" (default) or "shapes-hard"')
-    data.add_argument("--caption-template", default="a photo of a {}", help="caption for data with one sub-folder per class")
-    data.add_argument("--max-bad-images", type=float, default=0.01, metavar="SHARE",
-                      help="stop where more of the images are missing or cannot be read (default: %(default)s)")
-    data.add_argument("--val-fraction", type=float, default=0.05, help="share of images held out for validation")
-    data.add_argument("--random-crop", action="store_true", help="crop at random along the long side (default: centre)")
-    data.add_argument("--flip", action="store_true", help='mirror half of the images; off because captions say "left"')
-    data.add_argument("--cache-latents", nargs="?", const="", metavar="FOLDER",
-                      help="encode every image with the VAE once, into files below this folder (default: beside the data)")
-    data.add_argument("--workers", type=int, help="loader processes per rank (default: the job's cores less one per rank; "
-                                                  "0 for built-in pictures)")
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="shapes", help='folder or .zip of captioned images, or built-in "shapes" (default) or "shapes-hard"')
+    add("--caption-template", default="a photo of a {}", help="caption for data with one sub-folder per class")
+    add("--max-bad-images", type=float, default=0.01, help="stop above this share of unreadable ones (default: %(default)s)")
+    add("--val-fraction", type=float, default=0.05, help="share of images held out for validation")
+    add("--random-crop", **switch, help="crop at random along the long side (default: centre)")
+    add("--flip", **switch, help='mirror half of the images; off because captions say "left"')
+    add("--cache-latents", nargs="?", const="", metavar="DIR", help="encode images once, into DIR (default: beside the data)")
+    add("--workers", type=int, help="loader processes per rank (default: all cores but one per rank; 0 for built-in pictures)")
 
-    model = parser.add_argument_group("model (kept in the checkpoint; defaults from the preset)")
-    model.add_argument("--preset", choices=PRESETS, help="tiny for built-in pictures, else standard, unless given")
-    model.add_argument("--init-unet", help="start from the architecture and weights of a diffusers UNet or pipeline, hub id "
-                       "or folder; give its own --text-encoder, --vae, --beta-schedule and --prediction-type too")
-    model.add_argument("--resolution", type=int, help="side of the square images, in pixels")
-    model.add_argument("--image-channels", type=int, choices=(1, 3), help="1 for greyscale, with --vae none")
-    model.add_argument("--text-encoder", help="CLIP text model: hub id or local folder")
-    model.add_argument("--token-length", type=int, help="tokens per caption, 16 to 77")
-    model.add_argument("--pooled-text", action=argparse.BooleanOptionalAction,
-                       help="add the mean token feature to the timestep embedding")
-    model.add_argument("--vae", help='hub id or local folder of an AutoencoderKL or AutoencoderTiny, or "none" for pixel space')
-    model.add_argument("--pixel-unshuffle", type=int, help="in pixel space, fold p x p pixels into the channels")
-    model.add_argument("--num-train-timesteps", type=int, help="T")
-    model.add_argument("--beta-schedule", choices=BETA_SCHEDULES)
-    model.add_argument("--zero-terminal-snr", action=argparse.BooleanOptionalAction, help="rescale the betas (Lin et al. 2024)")
-    model.add_argument("--prediction-type", choices=PREDICTION_TYPES)
-    model.add_argument("--caption-dropout", type=float, help="share of captions emptied, for classifier-free guidance")
+    add = parser.add_argument_group("model (kept in the checkpoint; defaults from the preset)").add_argument
+    add("--preset", choices=PRESETS, help="tiny for built-in pictures, else standard, unless given")
+    add("--init-unet", help="start from the architecture and weights of a diffusers UNet or pipeline, hub id or folder; give "
+                            "its own --text-encoder, --vae, --beta-schedule and --prediction-type too")
+    for name, option in MODEL_FLAGS.items():
+        kind = dict(action=argparse.BooleanOptionalAction) if option.type is bool else dict(type=option.type)
+        add(f"--{name.replace('_', '-')}", **kind, **option.metadata)
 
-    optim = parser.add_argument_group("optimization (defaults from the preset)")
-    optim.add_argument("--epochs", type=int)
-    optim.add_argument("--batch-size", type=int, help="images per optimizer update, over all processes")
-    optim.add_argument("--accumulation", type=int, default=1, help="micro-batches per update (default: %(default)s)")
-    optim.add_argument("--lr", type=float, help="AdamW's peak learning rate")
-    optim.add_argument("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
-    optim.add_argument("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: linear to 0 over the last fifth")
-    optim.add_argument("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"))
-    optim.add_argument("--weight-decay", type=float, default=0.01)
-    optim.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the global gradient norm (default: %(default)s)")
-    optim.add_argument("--min-snr-gamma", type=float, help="upper clamp of the SNR as weight of the x_0 error (Hang et al. 2023)")
-    optim.add_argument("--snr-floor", type=float, help="lower clamp of the same (Salimans & Ho 2022)")
-    optim.add_argument("--ema-decay", type=float)
-    optim.add_argument("--max-bad-steps", type=int, default=20, metavar="N",
-                       help="stop after so many skipped updates in a row: loss or gradient not finite (default: %(default)s)")
-    optim.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument_group("optimization (defaults from the preset)").add_argument
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="images per optimizer update, over all processes")
+    add("--accumulation", type=int, default=1, help="micro-batches per update (default: %(default)s)")
+    add("--lr", type=float, help="AdamW's peak learning rate")
+    add("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
+    add("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: linear to 0 over the last fifth")
+    add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"))
+    add("--weight-decay", type=float, default=0.01)
+    add("--max-grad-norm", type=float, default=1.0, help="clip the global gradient norm, inf: never (default: %(default)s)")
+    add("--min-snr-gamma", type=number_or_none, default=5.0, help="upper clamp of the SNR, the x_0 error's weight (Hang et al. "
+                                                                  "2023); none for both: the simple loss (Ho et al. 2020)")
+    add("--snr-floor", type=number_or_none, help="lower clamp of the same (Salimans & Ho 2022)")
+    add("--ema-decay", type=float, default=0.9999)
+    add("--max-bad-steps", type=int, default=20, help="stop after so many not finite updates in a row (default: %(default)s)")
+    add("--seed", type=int, default=0)
 
-    system = parser.add_argument_group("system")
-    system.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-                        help="autocast dtype; auto: bf16 on GPUs that have it, fp16 on older ones, off on CPUs")
-    system.add_argument("--compile", action="store_true", help="torch.compile the UNet")
-    system.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
-    system.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add = parser.add_argument_group("system").add_argument
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16, on older GPUs fp16; off on CPUs")
+    add("--compile", **switch, help="torch.compile the UNet")
+    add("--gradient-checkpointing", **switch, help="recompute activations to save memory")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--resume", metavar="RUN", help="go on from a run folder's newest checkpoint, or from a checkpoint file; "
-                                                     "all other flags are taken from it unless given")
-    run.add_argument("--runs", default="runs", help="where run folders are made (default: %(default)s)")
-    run.add_argument("--name", help="appended to the run folder's name")
-    run.add_argument("--folder", metavar="RUN", help="the run folder itself: made where it is missing, and where it holds "
-                                                     "checkpoints already, the run goes on from the newest")
-    run.add_argument("--max-steps", type=int, help="stop and save after this many updates in all; --resume goes on")
-    run.add_argument("--time-limit", type=float, metavar="MINUTES",
-                     help="stop and save after this long (default: shortly before the end of a Slurm job)")
-    run.add_argument("--preflight", action="store_true", help="check all that the run needs, in a few minutes, and exit")
-    run.add_argument("--save-every", type=int, default=1, metavar="N", help="epochs between checkpoints (default: %(default)s)")
-    run.add_argument("--keep-last", type=int, default=3, metavar="K", help="newest checkpoints to keep (default: %(default)s)")
-    run.add_argument("--keep-every", type=int, default=0, metavar="M", help="also keep every M-th epoch's checkpoint, 0 for none")
-    run.add_argument("--sample-every", type=int, default=1, metavar="N", help="epochs between sample grids, 0 for none")
-    run.add_argument("--sample-prompts", nargs="+", metavar="TEXT", help="prompts of the grids (default: validation captions)")
-    run.add_argument("--sample-guidance", type=float, default=2.0, help="guidance scale of the grids (default: %(default)s)")
-    run.add_argument("--log-every", type=int, default=20, metavar="N", help="updates between log points (default: %(default)s)")
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", metavar="RUN", help="go on from a run folder or checkpoint file, with its flags where none are given")
+    add("--runs", default="runs", help="where run folders are made (default: %(default)s)")
+    add("--name", help="appended to the run folder's name")
+    add("--folder", metavar="RUN", help="the run folder itself; where it holds checkpoints already, go on from the newest")
+    add("--max-steps", type=int, help="stop and save after this many updates in all; --resume goes on")
+    add("--time-limit", type=float, metavar="MINUTES", help="stop and save after so long (default: before a Slurm job's end)")
+    add("--preflight", action="store_true", help="check all that the run needs, in a few minutes, and exit")
+    add("--save-every", type=int, default=1, metavar="N", help="epochs between checkpoints (default: %(default)s)")
+    add("--keep-last", type=int, default=3, metavar="K", help="newest checkpoints to keep (default: %(default)s)")
+    add("--keep-every", type=int, default=0, metavar="M", help="also keep every M-th epoch's checkpoint, 0 for none")
+    add("--sample-every", type=int, default=1, metavar="N", help="epochs between sample grids, 0 for none")
+    add("--sample-prompts", nargs="+", metavar="TEXT", help="prompts of the grids (default: validation captions)")
+    add("--sample-guidance", type=float, default=2.0, help="guidance scale of the grids (default: %(default)s)")
+    add("--log-every", type=int, default=20, metavar="N", help="updates between log points (default: %(default)s)")
     return parser
-
-
-MODEL_FLAGS = ("resolution", "image_channels", "text_encoder", "token_length", "pooled_text", "vae", "pixel_unshuffle",
-               "num_train_timesteps", "beta_schedule", "zero_terminal_snr", "prediction_type", "caption_dropout")
 
 
 def parse_args(argv=None):
@@ -161,23 +143,20 @@ def parse_args(argv=None):
     if args.init_unet and not payload:
         config = replace(config, unet=models.read_unet_config(args.init_unet))
     if payload:
-        stored = ModelConfig.from_dict(payload["config"])
-        for name in MODEL_FLAGS:
-            if getattr(config, name) != getattr(stored, name):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: the checkpoint {path} has "
-                                 f"{getattr(stored, name)}; leave the flag out, or start a new run without --resume")
-        for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet"):
-            if getattr(args, name) != payload["args"].get(name):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run was started with "
-                                 f"{payload['args'].get(name)}, which fixes its model or samples; leave the flag out")
-        config = stored
-    for name in ("epochs", "accumulation", "save_every", "keep_last", "log_every", "max_bad_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: must not be negative")
-    if not 0 <= args.val_fraction < 1:
-        raise ValueError(f"--val-fraction {args.val_fraction}: must be at least 0 and below 1")
+        given, config = vars(args) | config.to_dict(), ModelConfig.from_dict(payload["config"])
+        stored = payload["args"] | config.to_dict()
+        for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", *MODEL_FLAGS):
+            if given[name] != stored.get(name):
+                raise ValueError(f"--{name.replace('_', '-')} {given[name]}: the checkpoint {path} has {stored.get(name)}; "
+                                 "leave the flag out, or start a new run without --resume")
+    check_at_least(args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, save_every=1, keep_last=1,
+                   log_every=1, max_bad_steps=1, seed=0, workers=0, keep_every=0, sample_every=0,
+                   min_snr_gamma=args.snr_floor or 0)
+    for name in ("val_fraction", "ema_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 0 and below 1")
+    if not args.max_grad_norm > 0:
+        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be above 0; inf for no clipping")
     return args, config, payload, path
 
 
@@ -283,11 +262,9 @@ def make_run_folder(args, checkpoint_path, ranks):
         stem = time.strftime("run_%Y%m%d_%H%M%S") + (f"_{args.name}" if args.name else "")
         for suffix in ["", *(f"_{k}" for k in range(2, 1000))]:   # jobs of one array start in the same second
             folder = Path(args.runs) / (stem + suffix)
-            try:
+            with suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 break
-            except FileExistsError:
-                continue
     return ranks.gather(folder)[0]
 
 
@@ -329,26 +306,18 @@ def stop_time(minutes):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within the block, adds up what the new tensors hold: `live` now, `peak` at most."""
+    """Within the block, `peak` grows to the most that the tensors made there hold at any moment."""
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.storages = 0, 0, {}
+        self.peak, self.storages = 0, WeakSet()   # a storage leaves the set when its memory is freed
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         outputs = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor) and not operation.is_view:
-                storage = tensor.untyped_storage()
-                if (key := id(storage)) not in self.storages:
-                    self.live += (size := storage.nbytes())
-                    self.storages[key] = weakref.ref(storage, lambda _, key=key, size=size: self._freed(key, size))
-        self.peak = max(self.peak, self.live)
+        if not operation.is_view:
+            self.storages.update(leaf.untyped_storage() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
         return outputs
-
-    def _freed(self, key, size):
-        self.live -= size
-        del self.storages[key]
 
 
 def training_bytes(args, model, data, ranks, dtype):
@@ -357,9 +326,7 @@ def training_bytes(args, model, data, ranks, dtype):
     A step is run on fake tensors, which have shapes but no numbers, to add up what lives at each moment of it.
     """
     unet = sum(p.nbytes for p in model.unet.parameters())
-    frozen = [*model.text_encoder.parameters(), *model.codec.parameters()]
-    if model.text_encoder.remembered is not None:
-        frozen.append(model.text_encoder.remembered)
+    frozen = [*model.text_encoder.parameters(), model.text_encoder.remembered, *model.codec.parameters()]
     stay = 4 * unet + sum(p.nbytes for p in frozen)   # the UNet's weights, Adam's two moments and EMA
     sample = data.loader.dataset.__getitems__([(0, 0, int(data.train_images[0]))])
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as step:
@@ -388,13 +355,12 @@ def print_startup_table(args, model, data, ranks, folder, dtype):
                   "Adam's two moments, EMA, frozen networks")
     except Exception as error:   # fake tensors are young, and the run does not need to know
         memory = f"could not be computed ({type(error).__name__}: {error})".splitlines()[0]
-    per_process = args.batch_size // ranks.world_size
     rows = [(f"rank {rank}", device) for rank, device in enumerate(devices)] + [
         ("run folder", folder),
         ("data", f"{args.data}: {len(data.train_images):,} training and {len(data.val_images):,} validation images, "
                  f"{model.config.resolution} px"),
         ("batch", f"{args.batch_size} = {ranks.world_size} processes x {args.accumulation} micro-batches x "
-                  f"{per_process // args.accumulation}"),
+                  f"{data.batches.micro_batch}"),
         ("length", f"{args.epochs} epochs x {data.batches.steps_per_epoch} steps"),
         ("UNet", f"{trainable / 1e6:.1f} M parameters, input {' x '.join(map(str, model.codec.latent_shape))}, "
                  f"predicts {model.config.prediction_type}"),
@@ -404,26 +370,18 @@ def print_startup_table(args, model, data, ranks, folder, dtype):
     print("\n".join(f"{key:>18}  {value}" for key, value in rows), flush=True)
 
 
-@dataclass
 class TrainingState:
     """What training changes, and so what a checkpoint holds."""
 
-    unet: torch.nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    sums: torch.Tensor                    # of the epoch's updates so far: loss, gradient norm, their number; this rank's part
-    epoch: int = 0                        # finished epochs
-    step: int = 0                         # optimizer updates so far
-    step_in_epoch: int = 0
-    epoch_losses: list = field(default_factory=list)
-
-    @classmethod
-    def start(cls, unet, args, device, dtype):
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=tuple(args.adam_betas),
-                                      weight_decay=args.weight_decay, fused=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        return cls(unet, EMA(unet, args.ema_decay), optimizer, scaler, torch.zeros(3, dtype=torch.float64, device=device))
+    def __init__(self, unet, args, device, dtype):
+        self.unet, self.ema = unet, EMA(unet, args.ema_decay)
+        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=tuple(args.adam_betas),
+                                           weight_decay=args.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.epoch = self.step = self.step_in_epoch = 0   # finished epochs; optimizer updates in all, and in this epoch
+        self.epoch_losses = []
+        # Of the epoch's updates so far, this rank's part: loss, gradient norm, their number.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def restore(self, payload, is_main):
         """Continue from a checkpoint's payload. The main rank carries on the sums of all: a float64 sum of float32 losses
@@ -510,13 +468,11 @@ class StepLog:
         if skipped and not quiet and self.ranks.is_main:
             tqdm.write(f"warning: update skipped at step {', '.join(map(str, skipped))}: loss or gradient norm not finite",
                        file=sys.stderr)
+        peak = (torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda"
+                else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/learning_rate": lr, "train/skipped": len(skipped),
                   "speed/images_per_second": self.steps * self.batch_size / seconds,
-                  "speed/data_wait_share": self.data_seconds / seconds}
-        if self.ranks.device.type == "cuda":
-            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            values["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20   # given in KiB
+                  "speed/data_wait_share": self.data_seconds / seconds, "memory/peak_gib": peak / 2**30}
         with tolerate_disk_faults("curves"):
             for tag, value in values.items() if self.writer else ():
                 self.writer.add_scalar(tag, value, step)
@@ -619,14 +575,14 @@ def main(argv=None):
                          "for GPUs of one kind")
     data = TrainingData(args, config, ranks)
     torch.manual_seed(args.seed)
-    model = models.build_model(config, ranks.device)
+    model = models.Model(config, ranks.device)
     if args.init_unet and not payload:
         models.load_unet_weights(model.unet, args.init_unet)
     if args.cache_latents is not None and not args.preflight:
         data.cache_latents(args, model, ranks, models.write_atomically)
     data.make_loaders(args, model, ranks)
     net = prepare_network(args, model.unet, ranks)
-    state = TrainingState.start(model.unet, args, ranks.device, dtype)
+    state = TrainingState(model.unet, args, ranks.device, dtype)
     if payload:
         if payload["train_images"] != len(data.train_images):
             raise ValueError(f"--data {args.data}: has {len(data.train_images)} training images, the run was started with "
@@ -658,17 +614,17 @@ def main(argv=None):
         writer.add_text("config", "    " + text.replace("\n", "\n    "), state.step)
     print_startup_table(args, model, data, ranks, folder, dtype)
 
-    log, stop = StepLog(writer, ranks, args.batch_size), StopRequest(ranks, stop_file, deadline)
-    stopped = args.max_steps is not None and state.step >= args.max_steps
-    while state.epoch < args.epochs and not stopped:
-        stopped = train_epoch(args, model, net, state, data, ranks, dtype, log, stop)
-        if state.step_in_epoch == data.batches.steps_per_epoch:
-            finish_epoch(args, model, state, data, ranks, dtype, writer, folder)
-            log.restart()
-        ends = stopped or state.epoch == args.epochs
-        if ends or state.epoch % args.save_every == 0:
-            state.save(folder, ranks, (args.keep_last, args.keep_every), tries=7 if ends else 1, config=config.to_dict(),
-                       args=record, train_images=len(data.train_images))
+    log, stopped = StepLog(writer, ranks, args.batch_size), args.max_steps is not None and state.step >= args.max_steps
+    with closing(StopRequest(ranks, stop_file, deadline)) as stop:
+        while state.epoch < args.epochs and not stopped:
+            stopped = train_epoch(args, model, net, state, data, ranks, dtype, log, stop)
+            if state.step_in_epoch == data.batches.steps_per_epoch:
+                finish_epoch(args, model, state, data, ranks, dtype, writer, folder)
+                log.restart()
+            ends = stopped or state.epoch == args.epochs
+            if ends or state.epoch % args.save_every == 0:
+                state.save(folder, ranks, (args.keep_last, args.keep_every), tries=7 if ends else 1, config=config.to_dict(),
+                           args=record, train_images=len(data.train_images))
     if writer:
         with tolerate_disk_faults("curves"):
             writer.close()
@@ -680,7 +636,6 @@ def main(argv=None):
             print(f"draw pictures: python sample.py --checkpoint {folder} --prompts {shlex.quote(shown)}")
         else:
             print(f"stopped after {state.step} steps; to go on: train.py --resume {folder}")
-    stop.close()
     return folder
 
 

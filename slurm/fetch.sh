@@ -12,7 +12,7 @@ import sys
 import evaluate
 import train
 from data import run_main
-from models import ImageCodec, TextEncoder, build_model, load_unet_weights
+from models import ImageCodec, Model, TextEncoder, load_unet_weights
 
 
 def main():
@@ -20,7 +20,7 @@ def main():
     TextEncoder(config)
     ImageCodec(config)
     if args.init_unet:
-        load_unet_weights(build_model(config).unet, args.init_unet)
+        load_unet_weights(Model(config).unet, args.init_unet)
     evaluate.Clip(judge.clip_model, "cpu")
     evaluate.Inception(judge.inception_layer, None, "cpu")
     print(f"text encoder {config.text_encoder}, VAE {config.vae}, CLIP {judge.clip_model} and Inception are in {os.environ['HF_HOME']}")

@@ -32,7 +32,7 @@ import evaluate  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data import StopRequest, TrainingData, amp_dtype, setup_ranks, vocabulary  # noqa: E402
-from models import PRESETS, apply_unet, build_model, speed_up, write_atomically  # noqa: E402
+from models import PRESETS, Model, apply_unet, speed_up, write_atomically  # noqa: E402
 from tiny_networks import make_clip, make_vae  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -91,12 +91,12 @@ class Loop:
         self.dtype = amp_dtype(self.args.amp, self.ranks.device)
         torch.manual_seed(0)
         self.data = TrainingData(self.args, config, self.ranks)
-        self.model = build_model(config, self.ranks.device)
+        self.model = Model(config, self.ranks.device)
         if self.args.cache_latents is not None:
             self.data.cache_latents(self.args, self.model, self.ranks, write_atomically)
         self.data.make_loaders(self.args, self.model, self.ranks)
         self.unet = train.prepare_network(self.args, self.model.unet, self.ranks)
-        self.state = train.TrainingState.start(self.unet, self.args, self.ranks.device, self.dtype)
+        self.state = train.TrainingState(self.unet, self.args, self.ranks.device, self.dtype)
         self.log = train.StepLog(None, self.ranks, self.args.batch_size)
         self.stop = StopRequest(self.ranks, Path("no such file"))
         self.waits, report = [], self.log.report
@@ -269,7 +269,7 @@ def sampling():
     with tempfile.TemporaryDirectory() as folder:
         networks = Networks(folder, 256 if CUDA else 64)
         args, config, _, _ = train.parse_args(networks.flags)
-        model = build_model(config, setup_ranks().device)
+        model = Model(config, setup_ranks().device)
         model.unet.requires_grad_(False).eval()
         sample.export_pipeline(model, Path(folder) / "export")
         speed_up(model.unet, model.device)
@@ -293,7 +293,7 @@ def evaluation(num_images=128):
     args.data, args.resolution, args.channels = "shapes", 32, 3
     prompts, scenes, drawings = evaluate.builtin_data(args)
     task, ranks = evaluate.Task(["accuracy"], num_images, prompts, scenes, drawings), setup_ranks()
-    model = build_model(replace(PRESETS["tiny"], builtin_words=vocabulary()), ranks.device)
+    model = Model(replace(PRESETS["tiny"], builtin_words=vocabulary()), ranks.device)
     right = drawings.__getitems__(range(num_images))[1]
     unet_seconds = 0.0
 

@@ -8,7 +8,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
 from conftest import launch, run_ok, scalars, train_run
 from data import CaptionedImages, Ranks, Samples, ShardedBatches, counter_rng, split_images
-from models import PRESETS, ModelConfig, build_model, load_checkpoint, load_model, read_unet_config
+from models import PRESETS, Model, ModelConfig, load_checkpoint, load_model, read_unet_config
 from sample import SAMPLERS, export_pipeline, guided_denoiser, make_timesteps
 from tiny_networks import make_clip, make_vae
 from train import diffusion_loss
@@ -40,7 +40,7 @@ def test_the_pipeline_draws_our_pictures(tmp_path, clip, vae, prediction_type, b
     """StableDiffusionPipeline, loaded from the exported folder, draws what our sampler draws from the same noise, also with
     fewer tokens than CLIP's 77 and where the number of steps does not divide T."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig(UNET, 16, text_encoder=clip, vae=vae, token_length=20, prediction_type=prediction_type,
+    model = Model(ModelConfig(UNET, 16, text_encoder=clip, vae=vae, token_length=20, prediction_type=prediction_type,
                                     beta_schedule=beta_schedule, zero_terminal_snr=zero_snr))
     model.unet.eval()
     export_pipeline(model, tmp_path, sampler)
@@ -55,7 +55,7 @@ def test_other_frozen_networks(tmp_path, clip):
     tiny = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                            num_decoder_blocks=(1, 1), scaling_factor=0.5)
     tiny.save_pretrained(tmp_path / "vae")
-    model = build_model(ModelConfig(UNET, 16, text_encoder=clip, vae=str(tmp_path / "vae")))
+    model = Model(ModelConfig(UNET, 16, text_encoder=clip, vae=str(tmp_path / "vae")))
     model.unet.eval()
     export_pipeline(model, tmp_path / "pipeline")
     torch.testing.assert_close(*ours_and_theirs(model, tmp_path / "pipeline", steps=4), rtol=0, atol=1e-4)
@@ -63,7 +63,7 @@ def test_other_frozen_networks(tmp_path, clip):
     with pytest.raises(ValueError, match="ignores the VAE's shift_factor"):
         export_pipeline(model, tmp_path)
     with pytest.raises(ValueError, match="draws with a VAE"):
-        export_pipeline(build_model(PRESETS["tiny"]), tmp_path)
+        export_pipeline(Model(PRESETS["tiny"]), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,11 @@ def test_training_goes_on_from_an_exported_unet(run, tmp_path, photos, clip, vae
     (dict(text_encoder="other"), "cross_attention_dim 32, but .* call for 64")])
 def test_a_unet_that_does_not_fit(tmp_path, clip, vae, changes, message):
     """A pretrained UNet with another VAE, another text width or pooled text is refused in one line, and so is no UNet."""
-    export_pipeline(build_model(ModelConfig(UNET, 16, text_encoder=clip, vae=vae)), tmp_path)
+    export_pipeline(Model(ModelConfig(UNET, 16, text_encoder=clip, vae=vae)), tmp_path)
     others = dict(vae=make_vae(tmp_path / "other_vae", latent_channels=8), text_encoder=make_clip(tmp_path / "clip", width=64))
     changes = {name: others[name] if value == "other" else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
-        build_model(ModelConfig(read_unet_config(str(tmp_path)), 16, **{"text_encoder": clip, "vae": vae, **changes}))
+        Model(ModelConfig(read_unet_config(str(tmp_path)), 16, **{"text_encoder": clip, "vae": vae, **changes}))
     with pytest.raises(ValueError, match="is a AutoencoderKL, not a UNet2DConditionModel"):
         read_unet_config(vae)
 

@@ -170,7 +170,7 @@ def test_second_job_is_refused_and_leftovers_go(tmp_path):
 def state():
     net = torch.nn.Linear(3, 3)
     args = train.make_parser().parse_args(["--lr", "0.1", "--ema-decay", "0.9"])
-    return train.TrainingState.start(net, args, CPU, None)
+    return train.TrainingState(net, args, CPU, None)
 
 
 def test_final_save_tries_again_and_then_fails(state, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 
 from conftest import launch, run_ok, train_run
 from data import StopRequest, TrainingData, setup_ranks
-from models import build_model, load_checkpoint
+from models import Model, load_checkpoint
 from train import StepLog, TrainingState, parse_args, prepare_network, train_epoch
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -18,10 +18,10 @@ def test_a_step_never_waits_for_the_gpu(tmp_path, amp):
     ranks = setup_ranks()
     dtype = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
     data = TrainingData(args, config, ranks)
-    model = build_model(config, ranks.device)
+    model = Model(config, ranks.device)
     data.make_loaders(args, model, ranks)
     net = prepare_network(args, model.unet, ranks)
-    state = TrainingState.start(model.unet, args, ranks.device, dtype)
+    state = TrainingState(model.unet, args, ranks.device, dtype)
     before = {name: average.clone() for name, average in state.ema.parameters.items()}
     log, stop = StepLog(None, ranks, args.batch_size), StopRequest(ranks, tmp_path / "stop")
     train_epoch(args, model, net, state, data, ranks, dtype, log, stop)

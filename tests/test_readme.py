@@ -90,7 +90,8 @@ def test_every_shell_command_runs(project, clip, vae):
 
 @pytest.mark.slow
 def test_the_notebook_block_runs(project):
-    """The Python block, with fewer steps, trains, samples and ends in a picture, in one process, and gives Ctrl-C back."""
+    """The Python block, with fewer steps, trains, samples and ends in a picture, in one process, and gives Ctrl-C back, also
+    after a run that failed."""
     block, = [block for language, block in BLOCKS if language == "python"]
     *lines, last = block.strip().splitlines()
     small = str(["--max-steps", "2", *TINY])
@@ -98,7 +99,14 @@ def test_the_notebook_block_runs(project):
 grid = {last}
 import signal
 assert grid.width > 64 and run.is_dir() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+def broken(*_):
+    raise ValueError("on purpose")
+train.train_epoch = broken
+try:
+    train.main({small})
+except ValueError as error:
+    assert str(error) == "on purpose"
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 """
     assert small in code
     done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=300)

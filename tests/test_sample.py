@@ -123,6 +123,23 @@ def test_no_caption_dropout_gets_a_warning(run):
         generate(model, PROMPTS[:1], steps=1)
 
 
+@pytest.mark.parametrize("prompts, how, message", [
+    (["a"], dict(eta=2.0), "--eta 2.0: must be from 0 to 1"), ("a red circle", {}, "must be a list of texts")])
+def test_what_would_draw_nonsense_is_refused(run, prompts, how, message):
+    """DDIM's variance is defined for eta up to 1 only; one text is not taken for a list of letters."""
+    with pytest.raises(ValueError, match=message):
+        generate(load_model(run), prompts, steps=2, **how)
+
+
+@pytest.mark.slow
+def test_words_that_the_model_does_not_know_are_named(run, tmp_path):
+    """The built-in text encoder has a small vocabulary; a prompt with other words is drawn with a warning that lists them."""
+    done = run_ok("sample.py", "--checkpoint", run, "--prompts", "a small grey Heart", PROMPTS[0], "--steps", 1, "--output",
+                  tmp_path / "out", cwd=tmp_path)
+    assert "warning: --prompts: grey, heart: not among the words of the built-in pictures, which are a, on," in done.stderr
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 2
+
+
 # The frozen networks
 
 
