@@ -243,7 +243,8 @@ def load_pretrained(load, name, subfolder, flag, **options):
     raise FileNotFoundError(
         f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub or its cache "
         f"(HF_HOME={os.environ.get('HF_HOME', '~/.cache/huggingface')}, HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '0')}); "
-        f"where there is internet, run: hf download {name} (on a cluster: bash slurm/fetch.sh with this run's flags)"
+        f"where there is internet, run: hf download {name} (on a cluster: bash slurm/fetch.sh with this run's flags); if it was "
+        "a folder when the model was trained, put that, or a link to it, there again"
     ) from errors[0]
 
 
