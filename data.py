@@ -196,6 +196,9 @@ def run_main(main):
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main()
+        if dist.is_initialized():   # taking gloo down may hang (PyTorch 2.7) and Python's end with gloo up may abort: do neither
+            sys.stdout.flush()
+            os._exit(0)
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:
@@ -212,9 +215,6 @@ def run_main(main):
         print(f"error: {text.splitlines()[-1]}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
 
 
 class StopRequest:
