@@ -376,6 +376,8 @@ MISTAKES = [
     ([*PHOTOS], "--text-encoder openai/clip-vit-base-patch32: .*hf download openai/clip-vit-base-patch32"),
     ([*PHOTOS, "--text-encoder", "{clip}"], "--vae stabilityai/sdxl-vae: .*hf download stabilityai/sdxl-vae"),
     ([*PHOTOS, "--text-encoder", "{vae}", "--vae", "none"], "--text-encoder"),
+    (["--min-snr-gamma", "0.5"], "--min-snr-gamma 0.5: must be at least 1.0"),
+    (["--pixel-unshuffle", "0"], "--pixel-unshuffle 0: must be 1"),
     ([*PHOTOS, "--text-encoder", "{clip}", "--vae", "{clip}"], "--vae .*is a None"),
     ([*PHOTOS, "--text-encoder", "{clip}", "--vae", "{vae}", "--resolution", "31"], "--resolution 31"),
     (["--batch-size", "33", "--accumulation", "2"], "--batch-size 33: must be a multiple .*; try"),
@@ -387,13 +389,11 @@ MISTAKES = [
     (["--resume", "{run}", "--prediction-type", "epsilon"], "--prediction-type epsilon: the checkpoint .* has sample"),
     (["--resume", "{run}", "--seed", "5"], "--seed 5: the checkpoint .* has 0"),
     (["--token-length", "80"], "--token-length 80: must be from 16 to 77"),
-    (["--zero-terminal-snr", "--prediction-type", "epsilon"], "--zero-terminal-snr"),
     (["--resolution", "30"], "--resolution 30: must be a positive multiple of --pixel-unshuffle 4"),
+    (["--zero-terminal-snr", "--prediction-type", "epsilon"], "--zero-terminal-snr"),
     (["--resolution", "36"], "--resolution 36: the UNet halves"),
     (["--max-grad-norm", "0"], "--max-grad-norm 0.0: must be above 0"),
     (["--ema-decay", "1"], "--ema-decay 1.0: must be at least 0 and below 1"),
-    (["--min-snr-gamma", "0.5"], "--min-snr-gamma 0.5: must be at least 1.0"),
-    (["--pixel-unshuffle", "0"], "--pixel-unshuffle 0: must be 1"),
     (["--image-channels", "1", "--vae", "somewhere"], "--image-channels 1: greyscale is for pixel space"),
 ]
 
