@@ -46,10 +46,10 @@ def counter_rng(stream, *counters):
 
 
 def hash_of(parts):
-    """SHA-256 of byte strings, or of anything that JSON can hold, one after the other."""
+    """SHA-256 of byte strings and arrays, or of anything that JSON can hold, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+        digest.update(part if isinstance(part, (bytes, np.ndarray)) else json.dumps(part, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -461,6 +461,8 @@ def read_picture(image: np.ndarray) -> dict[str, str | None]:
 class BuiltinShapes:
     """Pictures of the trained scenes with their captions, drawn once and kept in memory; the held-out ones never appear."""
 
+    fingerprint = "built-in"
+
     def __init__(self, resolution, hard=False, count=8192):
         self.scenes = [scene for scene in all_scenes(hard) if not is_held_out(scene)]
         self.texts = [caption_of(scene) for scene in self.scenes]
@@ -642,8 +644,9 @@ class CaptionedImages:
         def make():
             return self._index(caption_template, max_missing)
 
-        *strings, self.caption_order, self.first_caption = ranks.once_per_node(make) if ranks else make()
-        self.texts, self.names = PackedStrings(*strings[:2]), PackedStrings(*strings[2:])
+        arrays = ranks.once_per_node(make) if ranks else make()
+        *strings, self.caption_order, self.first_caption = arrays
+        self.texts, self.names, self.fingerprint = PackedStrings(*strings[:2]), PackedStrings(*strings[2:]), hash_of(arrays)
 
     def _caption_pairs(self, listed, images, caption_template):
         """(captions file or None, image name as written, caption) for every caption of the data."""

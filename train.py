@@ -587,6 +587,9 @@ def main(argv=None):
         if payload["train_images"] != len(data.train_images):
             raise ValueError(f"--data {args.data}: has {len(data.train_images)} training images, the run was started with "
                              f"{payload['train_images']}; restore the data, or start a new run without --resume")
+        if ranks.is_main and payload.get("data", data.source.fingerprint) != data.source.fingerprint:
+            warnings.warn(f"--data {args.data}: its names or captions have changed since the run was started, so what follows is "
+                          "not the run that it would have been", stacklevel=1)
         state.restore(payload, ranks.is_main)
         if ranks.is_main and payload["processes"] != ranks.world_size:
             print(f"{payload['processes']} processes up to step {state.step}, {ranks.world_size} from here: the same samples and "
@@ -624,7 +627,7 @@ def main(argv=None):
             ends = stopped or state.epoch == args.epochs
             if ends or state.epoch % args.save_every == 0:
                 state.save(folder, ranks, (args.keep_last, args.keep_every), tries=7 if ends else 1, config=config.to_dict(),
-                           args=record, train_images=len(data.train_images))
+                           args=record, train_images=len(data.train_images), data=data.source.fingerprint)
     if writer:
         with tolerate_disk_faults("curves"):
             writer.close()

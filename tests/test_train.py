@@ -329,6 +329,18 @@ def test_own_pictures(tmp_path, photos, clip, vae, space):
 
 
 @pytest.mark.slow
+def test_captions_that_changed_are_noticed(tmp_path, photos, clip):
+    """A run goes on with the same data without a word, and with one caption changed after a warning."""
+    data = shutil.copytree(photos, tmp_path / "data")
+    run = train_run(tmp_path, "--data", data, "--vae", "none", "--preset", "tiny", "--resolution", 16, "--text-encoder", clip,
+                    "--batch-size", 8, "--sample-every", 0, "--max-steps", 1)
+    assert "have changed" not in run_ok("train.py", "--resume", run, "--max-steps", 2).stderr
+    text = (data / "captions.txt").read_text()
+    (data / "captions.txt").write_text(text.replace("dog", "cat", 1))
+    assert "its names or captions have changed" in run_ok("train.py", "--resume", run, "--max-steps", 3).stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [["--amp", "bf16"], ["--gradient-checkpointing"], ["--compile"]])
 def test_switches_change_speed_not_the_result(one_process_run, tmp_path, extra):
     """bf16 autocast, gradient checkpointing and torch.compile follow the plain run's losses, and keep state-dict names."""
