@@ -152,6 +152,8 @@ def kernel_distance(generated, reference, device):
     2018, Eq. 4); the subsets are those that torch-fidelity draws."""
     from torchmetrics.image.kid import poly_mmd
     size = min(KID_SUBSET_SIZE, len(generated) // 2, len(reference) // 2)   # at most half of a set, so that subsets differ
+    if size < 2:
+        raise ValueError("--metrics kid: needs at least 4 pictures to judge and 4 to compare with; use more, or other metrics")
     rng = np.random.RandomState(2020)
     sets = [features.to(device, torch.float64) for features in (generated, reference)]
     values = [poly_mmd(*(features[rng.choice(len(features), size, replace=False)] for features in sets)).item()

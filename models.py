@@ -32,7 +32,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def flag(default, text, **more):
+def model_flag(default, text, **more):
     """A field of ModelConfig that is a flag of train.py too, with this help."""
     return field(default=default, metadata=dict(help=text, **more))
 
@@ -42,19 +42,19 @@ class ModelConfig:
     """What the model is. It travels inside every checkpoint, so sampling and evaluation need no model flags."""
 
     unet: dict = field(default_factory=dict)            # keyword arguments of UNet2DConditionModel
-    resolution: int = flag(256, "side of the square images, in pixels")
-    image_channels: int = flag(3, "3 for RGB; 1 for greyscale, with --vae none", choices=(1, 3))
-    text_encoder: str = flag("openai/clip-vit-base-patch32", "CLIP text model: hub id or local folder")   # or "builtin"
+    resolution: int = model_flag(256, "side of the square images, in pixels")
+    image_channels: int = model_flag(3, "3 for RGB; 1 for greyscale, with --vae none", choices=(1, 3))
+    text_encoder: str = model_flag("openai/clip-vit-base-patch32", "CLIP text model: hub id or local folder")   # or "builtin"
     builtin_words: list = field(default_factory=list)   # vocabulary of the built-in text encoder
-    token_length: int = flag(77, "tokens per caption, which is padded or cut to this; 16 to 77")
-    pooled_text: bool = flag(False, "add the mean token feature to the timestep embedding")
-    vae: str = flag("stabilityai/sdxl-vae", 'AutoencoderKL or AutoencoderTiny: hub id or local folder; "none" for pixel space')
-    pixel_unshuffle: int = flag(1, "in pixel space, fold p x p pixels into the channels")
-    num_train_timesteps: int = flag(1000, "T")
-    beta_schedule: str = flag("scaled_linear", "of the forward process", choices=BETA_SCHEDULES)
-    zero_terminal_snr: bool = flag(False, "rescale the betas so that x_T is pure noise (Lin et al. 2024)")
-    prediction_type: str = flag("epsilon", "what the network learns to output", choices=PREDICTION_TYPES)
-    caption_dropout: float = flag(0.1, "share of captions emptied, for classifier-free guidance")
+    token_length: int = model_flag(77, "tokens per caption, which is padded or cut to this; 16 to 77")
+    pooled_text: bool = model_flag(False, "add the mean token feature to the timestep embedding")
+    vae: str = model_flag("stabilityai/sdxl-vae", 'AutoencoderKL or AutoencoderTiny: hub id or folder; "none" for pixel space')
+    pixel_unshuffle: int = model_flag(1, "in pixel space, fold p x p pixels into the channels")
+    num_train_timesteps: int = model_flag(1000, "T")
+    beta_schedule: str = model_flag("scaled_linear", "of the forward process", choices=BETA_SCHEDULES)
+    zero_terminal_snr: bool = model_flag(False, "rescale the betas so that x_T is pure noise (Lin et al. 2024)")
+    prediction_type: str = model_flag("epsilon", "what the network learns to output", choices=PREDICTION_TYPES)
+    caption_dropout: float = model_flag(0.1, "share of captions emptied, for classifier-free guidance")
 
     def __post_init__(self):
         def check(ok, name, fix):

@@ -15,6 +15,7 @@ built from both get worse with more guidance.
 import argparse
 import inspect
 import math
+import re
 import textwrap
 import time
 import warnings
@@ -310,7 +311,7 @@ def main():
         print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")
     if not args.prompts:
         return
-    words, known = " ".join(args.prompts).lower().split(), model.config.builtin_words
+    words, known = re.findall(r"\w+", " ".join(args.prompts).lower()), model.config.builtin_words
     if ranks.is_main and known and (unknown := sorted(set(words) - set(known))):
         warnings.warn(f"--prompts: {', '.join(unknown)}: not among the words of the built-in pictures, which are "
                       f"{', '.join(known)}", stacklevel=1)

@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import ROOT, launch, run_ok, train_run
-from data import LatentCache, Pictures, Ranks, open_source, to_unit_range
+from data import LatentCache, Pictures, Ranks, UnreadableImage, open_source, to_unit_range
 from models import ImageCodec, ModelConfig, TextEncoder, write_atomically
 from tiny_networks import make_vae
 
@@ -209,3 +209,16 @@ def test_captions_encoded_once(clip):
     tokens = encoder.tokenize([captions[3], "a cat"])
     assert tokens.shape == (2, 20)
     torch.testing.assert_close(encoder(tokens)[:1], alone[3])
+
+
+def test_a_batch_may_hold_no_readable_picture():
+    """Where all pictures of a batch are unreadable it is empty, not an error."""
+    def image(i):
+        if i != 3:
+            raise UnreadableImage("on purpose")
+        return np.full((4, 4), 7, np.uint8)
+
+    pictures = Pictures(4, image, None)
+    assert pictures.__getitems__([0, 1, 2])[0] == []
+    readable, images = pictures.__getitems__([2, 3])
+    assert readable == [3] and images.shape == (1, 1, 4, 4) and (images == 7).all()

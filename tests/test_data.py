@@ -10,8 +10,10 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import data
 from conftest import ROOT
 from data import CaptionedImages, Ranks, ShardedBatches, available_cores, read_image, split_images, validation_batches
 
@@ -300,6 +302,22 @@ def test_available_cores(monkeypatch):
     for cpus, expected in (("8", 8), ("64", 12)):
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", cpus)
         assert available_cores() == expected
+
+
+def test_threads_are_the_users_or_the_ranks_share(monkeypatch):
+    """OMP_NUM_THREADS is kept where the user set it; where torchrun did, or nobody, a process takes its share of the cores."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(data, "available_cores", lambda: before + 3)
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        for variables, expected in (({"OMP_NUM_THREADS": "1"}, before), ({"TORCHELASTIC_RUN_ID": "none"}, before + 3)):
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            data.setup_ranks("cpu")
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

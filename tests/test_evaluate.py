@@ -157,6 +157,8 @@ def test_distances_against_torch_fidelity_on_the_same_features():
         theirs = kid_features_to_metric(a.double(), b.double(), kid_subset_size=count // 2, kid_subsets=100, rng_seed=2020)
         theirs = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
         assert kernel_distance(a, b, CPU) == pytest.approx(theirs, rel=1e-9)
+    with pytest.raises(ValueError, match="--metrics kid: needs at least 4 pictures"):
+        kernel_distance(a, b[:3], CPU)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 200])

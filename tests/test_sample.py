@@ -134,7 +134,7 @@ def test_what_would_draw_nonsense_is_refused(run, prompts, how, message):
 @pytest.mark.slow
 def test_words_that_the_model_does_not_know_are_named(run, tmp_path):
     """The built-in text encoder has a small vocabulary; a prompt with other words is drawn with a warning that lists them."""
-    done = run_ok("sample.py", "--checkpoint", run, "--prompts", "a small grey Heart", PROMPTS[0], "--steps", 1, "--output",
+    done = run_ok("sample.py", "--checkpoint", run, "--prompts", "a small grey Heart, red", PROMPTS[0], "--steps", 1, "--output",
                   tmp_path / "out", cwd=tmp_path)
     assert "warning: --prompts: grey, heart: not among the words of the built-in pictures, which are a, on," in done.stderr
     assert len(list((tmp_path / "out").glob("0*.png"))) == 2

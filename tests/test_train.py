@@ -378,7 +378,7 @@ def bad_data(tmp_path_factory, photos, one_process_run):
 
 PHOTOS = ["--batch-size", "8", "--data", "{photos}"]
 MISTAKES = [
-    (["--data", "{bad}/nowhere"], "--data .*/nowhere: no such folder"),
+    (["--data", "{bad}/igloo"], "^error: --data .*/igloo: no such folder"),   # no fault of gloo's
     (["--data", "{bad}/empty"], "--data .*/empty: holds no images"),
     (["--data", "{bad}/no_captions"], "--data .*/no_captions: no captions file .*add one"),
     (["--data", "{bad}/no_image"], "--data .*/no_image: 1 image.s. named in captions.txt .*'003.jpg'; add the files or remove"),
