@@ -1,16 +1,16 @@
-"""Sampling: the reverse process with classifier-free guidance, Algorithm 2 of Ho et al. 2020 and its faster relatives.
+"""Sampling: the reverse process with classifier-free guidance, Algorithm 2 of Ho et al. 2020.
 
-    python sample.py --checkpoint runs/run_20250131_120000 --prompts "a small red circle on a white background"
-    torchrun --standalone --nproc_per_node=2 sample.py --checkpoint RUN --prompt-file prompts.txt --guidance-scale 3
+    python sample.py --checkpoint runs/run_20250131_120000 --prompts "a small red circle"
+    torchrun --standalone --nproc_per_node=2 sample.py --checkpoint RUN --prompt-file prompts.txt
     sbatch slurm/sample.sh --checkpoint RUN --prompts "a dog, running"
-    python sample.py --checkpoint RUN --export FOLDER      # a folder for diffusers' StableDiffusionPipeline.from_pretrained
+    python sample.py --checkpoint RUN --export FOLDER      # for diffusers' StableDiffusionPipeline
 
-In Python or a notebook: `from sample import generate; images = generate("runs/run_...", ["a dog"] * 4)`.
+In Python: `from sample import generate; images = generate("runs/run_...", ["a dog"] * 4)`.
 
-Every sampler below is a generator of (x_prev, x_0) pairs, from noise to picture, and needs one thing of the network:
-`denoise(x_t, t)`, its guided estimate of x_0. Where x_0 is clipped, as in pixel space, each sampler derives eps anew
-from the clipped x_0: under guidance the clipped x_0 and the network's own eps contradict each other, and pictures
-built from both get worse with more guidance.
+Every sampler below is a generator of (x_prev, x_0) pairs, from noise to picture, and needs one
+thing of the network: `denoise(x_t, t)`, its guided estimate of x_0. Where x_0 is clipped, as in
+pixel space, each sampler derives eps anew from the clipped x_0: under guidance the clipped x_0 and
+the network's own eps contradict each other, and more guidance makes such pictures worse.
 """
 import argparse
 import inspect
@@ -23,21 +23,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data import amp_dtype, counter_rng, in_order, run_main, setup_ranks
-from models import Model, apply_unet, load_model, make_betas
+from data import amp_dtype, counter_rng, gather, interleave, run_main, setup_processes
+from models import Model, apply_unet, load_model, make_betas, require
 
 # Samplers
 
 
 def make_timesteps(num_train_timesteps, steps):
-    """(t, t_prev) pairs from T - 1 down to -1, evenly spaced from the noisy end ("trailing", Lin et al. 2024, Table 2)."""
-    if not 1 <= steps <= num_train_timesteps:
-        raise ValueError(f"--steps {steps}: must be from 1 to the model's {num_train_timesteps} timesteps")
-    t = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)[:steps]).astype(int) - 1   # rounding adds one
+    """(t, t_prev) pairs from T - 1 down to -1, evenly spaced from the noisy end ("trailing", Lin et
+    al. 2024, Table 2)."""
+    T = num_train_timesteps
+    if not 1 <= steps <= T:
+        raise ValueError(f"--steps {steps}: must be from 1 to the model's {T} timesteps")
+    t = np.arange(T, 0, -T / steps)[:steps].round().astype(int) - 1   # arange may add one
     return list(zip(t.tolist(), [*t[1:].tolist(), -1]))
 
 
@@ -52,7 +55,8 @@ def ddpm(denoise, x_t, schedule, timesteps, draw_noise, eta=None):
 
 
 def ddim(denoise, x_t, schedule, timesteps, draw_noise, eta=0.0):
-    """Song et al. 2021, Eq. 12: eta 0 is deterministic, eta 1 has the posterior variance of DDPM (their Eq. 16)."""
+    """Song et al. 2021, Eq. 12: eta 0 is deterministic, eta 1 has the posterior variance of DDPM
+    (their Eq. 16)."""
     for t, t_prev in timesteps:
         x_0 = denoise(x_t, t)
         eps = schedule.predict_eps(x_0, x_t, t)
@@ -65,17 +69,19 @@ def ddim(denoise, x_t, schedule, timesteps, draw_noise, eta=0.0):
 
 
 def dpm_solver_2m(denoise, x_t, schedule, timesteps, draw_noise=None, eta=None):
-    """DPM-Solver++ (2M): Lu et al. 2022, Algorithm 2; first order in the first step and in the last, onto x_0."""
+    """DPM-Solver++ (2M): Lu et al. 2022, Algorithm 2; first order in the first and last step."""
     x_0_last = h_last = None
     for t, t_prev in timesteps:
         x_0 = denoise(x_t, t)
-        # At either end h may be infinite (zero SNR, or the clean x_0); every term below then has its finite limit.
+        # At either end h may be infinite (zero SNR, or the clean x_0). Every term below then has
+        # its finite limit. h = lambda_prev - lambda_t, with lambda = log(SNR) / 2.
         alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_prev, x_t)
-        h = (alpha_bar_prev.logit() - alpha_bar_t.logit()) / 2          # lambda_prev - lambda_t, lambda = log(SNR) / 2
+        h = (alpha_bar_prev.logit() - alpha_bar_t.logit()) / 2
         D = x_0
         if x_0_last is not None and t_prev >= 0:
             D = x_0 + (x_0 - x_0_last) * h / (2 * h_last)
-        x_t = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt() * x_t - alpha_bar_prev.sqrt() * torch.expm1(-h) * D
+        x_t = (((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt() * x_t
+               - alpha_bar_prev.sqrt() * torch.expm1(-h) * D)
         x_0_last, h_last = x_0, h
         yield x_t, x_0
 
@@ -86,16 +92,18 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_2m}
 
 
 def rescale_guidance(guided, cond, phi):
-    """Guidance rescale: Lin et al. 2024, Eqs. 15 and 16. Brings the guided output's spread back towards the conditional's."""
+    """Lin et al. 2024, Eqs. 15 and 16: brings the guided output's spread back towards the
+    conditional's."""
     std_cond, std_guided = (x.std(dim=(1, 2, 3), keepdim=True) for x in (cond, guided))
     return phi * guided * (std_cond / std_guided) + (1 - phi) * guided
 
 
-def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_rescale=0.0, guidance_interval=(0.0, 1.0),
-                    dtype=None):
-    """denoise(x_t, t) -> x_0 by classifier-free guidance, uncond + s (cond - uncond): Ho & Salimans 2022, Eq. 6 with
-    s = w + 1. Both halves go through the network in one call; outside the interval (Kynkaanniemi et al. 2024; theirs is one
-    of noise levels, ours of t / T), or with s = 1, only the conditional one does. Pixel-space x_0 is clipped to [-1, 1].
+def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_rescale=0.0,
+                    guidance_interval=(0.0, 1.0), dtype=None):
+    """denoise(x_t, t) -> x_0 by classifier-free guidance, uncond + s (cond - uncond): Ho & Salimans
+    2022, Eq. 6 with s = w + 1. Both halves go through the network in one call; outside the interval
+    (Kynkaanniemi et al. 2024; theirs is one of noise levels, ours of t / T), or with s = 1, only
+    the conditional one does. Pixel-space x_0 is clipped to [-1, 1].
     """
     T = model.schedule.num_train_timesteps
     both = torch.cat([negative_emb, text_emb])
@@ -103,9 +111,9 @@ def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_
     def denoise(x_t, t):
         guide = guidance_scale != 1 and guidance_interval[0] <= t / T <= guidance_interval[1]
         x_in, emb = (torch.cat([x_t, x_t]), both) if guide else (x_t, text_emb)
+        t_in = torch.full((len(x_in),), t, device=x_t.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-            output = apply_unet(model.unet, model.config, x_in, torch.full((len(x_in),), t, device=x_t.device), emb)
-        output = output.to(x_t.dtype)
+            output = apply_unet(model.unet, model.config, x_in, t_in, emb).to(x_t.dtype)
         if guide:
             uncond, cond = output.chunk(2)
             output = uncond + guidance_scale * (cond - uncond)
@@ -121,15 +129,16 @@ def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_
 
 
 @torch.no_grad()
-def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, guidance_scale=2.0, guidance_rescale=0.0,
-             guidance_interval=(0.0, 1.0), eta=0.0, negative_prompt="", batch_size=64, dtype=None, trajectory=False,
-             progress=False):
+def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, guidance_scale=2.0,
+             guidance_rescale=0.0, guidance_interval=(0.0, 1.0), eta=0.0, negative_prompt="",
+             batch_size=64, dtype=None, trajectory=False, progress=False):
     """Pictures for a list of prompts, uint8 (N, c, H, W) on the CPU.
 
-    model: a Model, or the path of a run folder or checkpoint. The starting noise and every later draw of picture i
-    come from (seed, indices[i]) alone (indices: 0, 1, ... by default), so they do not change with the batch size or
-    the number of processes. dtype: autocast dtype of the network, None for float32. With `trajectory` the x_0
-    estimates of all steps are returned as well, a list of uint8 (N, c, H, W).
+    model: a Model, or the path of a run folder or checkpoint. The starting noise and every later
+    draw of picture i come from (seed, indices[i]) alone (indices: 0, 1, ... by default), so they do
+    not change with the batch size or the number of processes. dtype: autocast dtype of the network,
+    None for float32. With `trajectory` the x_0 estimates of all steps are returned as well, a list
+    of uint8 (N, c, H, W).
     """
     if not isinstance(model, Model):
         model = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -140,11 +149,11 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
     if isinstance(prompts, str):
         raise ValueError(f"prompts {prompts!r}: must be a list of texts, one a picture")
     if guidance_scale != 1 and model.config.caption_dropout == 0:
-        warnings.warn(f"--guidance-scale {guidance_scale}: the model was trained without caption dropout and knows no "
-                      "empty caption to guide away from; expect poor pictures, or use --guidance-scale 1", stacklevel=2)
+        warnings.warn(f"--guidance-scale {guidance_scale}: the model was trained without caption "
+                      "dropout, so knows no empty caption to guide away from; use 1", stacklevel=2)
     indices = range(len(prompts)) if indices is None else indices
     timesteps = make_timesteps(model.schedule.num_train_timesteps, steps)
-    negative_emb = model.text_encoder(model.text_encoder.tokenize([negative_prompt]).to(model.device))
+    negative_emb = model.text_encoder([negative_prompt])
     pictures, estimates = [], [[] for _ in timesteps]
     bar = tqdm(total=len(prompts) * steps, unit="step", disable=not progress, desc="sampling")
     for start in range(0, len(prompts), batch_size):
@@ -152,26 +161,30 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
         rngs = [counter_rng("sampling", seed, index) for index in indices[part]]
 
         def draw_noise():
-            eps = np.stack([rng.standard_normal(model.codec.latent_shape, dtype=np.float32) for rng in rngs])
-            return torch.from_numpy(eps).to(model.device)
+            eps = [rng.standard_normal(model.codec.latent_shape, dtype=np.float32) for rng in rngs]
+            return torch.from_numpy(np.stack(eps)).to(model.device)
 
-        text_emb = model.text_encoder(model.text_encoder.tokenize(prompts[part]).to(model.device))
-        denoise = guided_denoiser(model, text_emb, negative_emb.expand_as(text_emb), guidance_scale, guidance_rescale,
-                                  guidance_interval, dtype)
-        for k, (x_t, x_0) in enumerate(SAMPLERS[sampler](denoise, draw_noise(), model.schedule, timesteps, draw_noise, eta)):
+        text_emb = model.text_encoder(prompts[part])
+        denoise = guided_denoiser(model, text_emb, negative_emb.expand_as(text_emb),
+                                  guidance_scale, guidance_rescale, guidance_interval, dtype)
+        x_T = draw_noise()
+        steps_taken = SAMPLERS[sampler](denoise, x_T, model.schedule, timesteps, draw_noise, eta)
+        for k, (x_t, x_0) in enumerate(steps_taken):
             bar.update(len(rngs))
             if trajectory:
                 estimates[k].append(to_uint8(model.codec.decode(x_0)))
         pictures.append(to_uint8(model.codec.decode(x_t)))
     bar.close()
-    pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])   # a rank may be left without prompts
+    # A rank may be left without prompts.
+    pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])
     return (pictures, [torch.cat(parts) for parts in estimates]) if trajectory else pictures
 
 
-def generate_sharded(model, prompts, ranks, **kwargs):
-    """The same pictures, each drawn by one rank and given to all: picture i belongs to rank i mod world_size."""
-    mine = range(ranks.rank, len(prompts), ranks.world_size)
-    return torch.stack(in_order(ranks.gather(generate(model, [prompts[i] for i in mine], indices=mine, **kwargs))))
+def generate_sharded(model, prompts, **kwargs):
+    """The same pictures, each drawn by one rank and given to all: i belongs to rank i mod size."""
+    mine = range(dist.get_rank(), len(prompts), dist.get_world_size())
+    own = generate(model, [prompts[i] for i in mine], indices=mine, **kwargs)
+    return torch.stack(interleave(gather(own)))
 
 
 def to_uint8(images):
@@ -181,96 +194,104 @@ def to_uint8(images):
 
 def to_pil(picture):
     """uint8 (c, H, W) to a PIL image."""
-    array = picture.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    return Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy())   # greyscale: (H, W)
 
 
 def make_grid(pictures, captions=None, columns=None, cell=None):
-    """One PIL image with all pictures (N, c, H, W) uint8 in rows, each with its caption below, small ones enlarged."""
+    """One PIL image with all pictures (N, c, H, W) uint8 in rows, each with its caption below;
+    small ones are enlarged."""
     side = pictures.shape[-1]
     cell = cell or side * max(1, round(128 / side))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows, gap, line, letters = math.ceil(len(pictures) / columns), 8, 12, max(1, cell // 6)
-    wrapped = [textwrap.wrap(caption, letters, break_long_words=True)[:4] for caption in captions or []]
-    text_height = line * max(map(len, wrapped), default=0)
-    grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + text_height) + gap), "white")
+    wrapped = [textwrap.wrap(caption, letters)[:4] for caption in captions or [""] * len(pictures)]
+    # From one picture to the next.
+    right, down = cell + gap, cell + gap + line * max(map(len, wrapped), default=0)
+    grid = Image.new("RGB", (columns * right + gap, rows * down + gap), "white")
     draw = ImageDraw.Draw(grid)
-    for i, picture in enumerate(pictures):
-        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + gap + text_height)
+    for i, (picture, lines) in enumerate(zip(pictures, wrapped)):
+        x, y = gap + i % columns * right, gap + i // columns * down
         grid.paste(to_pil(picture).resize((cell, cell), Image.NEAREST), (x, y))
         draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline="lightgray")
-        for k, text in enumerate(wrapped[i] if captions else []):
+        for k, text in enumerate(lines):
             draw.text((x, y + cell + 1 + k * line), text, fill="black", font_size=10)
     return grid
 
 
 def make_strip(model, prompt, length=10, **how):
-    """One PIL image of the first picture's way from noise to picture: `length` of its x_0 estimates, drawn as `generate` does."""
+    """One PIL image of the first picture's way from noise to picture: `length` of its x_0
+    estimates, drawn as `generate` does."""
     _, estimates = generate(model, [prompt], trajectory=True, **how)
     chosen = np.linspace(0, len(estimates) - 1, min(len(estimates), length)).round().astype(int)
-    return make_grid(torch.cat([estimates[k] for k in chosen]), [f"step {k + 1}" for k in chosen], columns=5)
+    pictures = torch.cat([estimates[k] for k in chosen])
+    return make_grid(pictures, [f"step {k + 1}" for k in chosen], columns=5)
 
 
 # Export
 
 
 def export_pipeline(model, folder, sampler="ddim"):
-    """Write a folder that diffusers.StableDiffusionPipeline.from_pretrained loads, in safetensors and float32, and that
-    draws our pictures from our noise: those of `ddim` with eta 0, which is DPM-Solver++ of first order (Lu et al.
-    2022), or those of `dpm++`, its second. diffusers' own DDIM steps evenly, and so fits only where --steps divides T.
+    """Write a folder that diffusers.StableDiffusionPipeline.from_pretrained loads, in safetensors
+    and float32, and that draws our pictures from our noise.
 
+    These are those of `ddim` with eta 0, which is DPM-Solver++ of first order (Lu et al. 2022), or
+    those of `dpm++`, its second. diffusers' own DDIM fits only where --steps divides T.
     Raises: ValueError where that pipeline cannot express the model.
     """
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline  # seconds, which nothing else needs
-    config, text_encoder, codec = model.config, model.text_encoder, model.codec
+    # Importing these takes seconds, and nothing else needs them.
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    config, encoder, codec = model.config, model.text_encoder, model.codec
     for wrong, reason in (
-            (codec.is_pixel_space, "the model draws pixels, and that pipeline draws with a VAE; train with --vae"),
-            (config.pooled_text, "it has no input for the pooled text (class_labels); train with --no-pooled-text"),
-            (not codec.is_pixel_space and codec.shift, "it ignores the VAE's shift_factor; train with another --vae"),
-            (sampler == "ddpm", "its scheduler here is --sampler ddim or dpm++; choose one of them")):
+            (codec.is_pixel_space, "the model draws pixels; train with --vae"),
+            (config.pooled_text, "it has no input for pooled text; train with --no-pooled-text"),
+            (getattr(codec, "shift", 0), "it ignores the VAE's shift_factor; use another --vae"),
+            (sampler == "ddpm", "its scheduler here is --sampler ddim or dpm++; choose one")):
         if wrong:
-            raise ValueError(f"--export {folder}: not for StableDiffusionPipeline: {reason}, or draw with sample.py")
+            raise ValueError(f"--export {folder}: not for StableDiffusionPipeline: {reason}")
     betas = make_betas(config.beta_schedule, config.num_train_timesteps)
+    kind = "squaredcos_cap_v2" if config.beta_schedule == "cosine" else config.beta_schedule
     scheduler = DPMSolverMultistepScheduler(
-        config.num_train_timesteps, betas[0].item(), betas[-1].item(), prediction_type=config.prediction_type,
-        beta_schedule="squaredcos_cap_v2" if config.beta_schedule == "cosine" else config.beta_schedule,
-        rescale_betas_zero_snr=config.zero_terminal_snr, timestep_spacing="trailing", steps_offset=1,
-        solver_order=1 + (sampler == "dpm++"))
-    text_encoder.tokenizer.model_max_length = config.token_length   # to which the pipeline pads
-    text_encoder.clip.config.use_attention_mask = False             # as in training
-    folder.mkdir(parents=True, exist_ok=True)
-    StableDiffusionPipeline(codec.vae, text_encoder.clip, text_encoder.tokenizer, model.unet, scheduler, safety_checker=None,
-                            feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+        config.num_train_timesteps, betas[0].item(), betas[-1].item(), beta_schedule=kind,
+        prediction_type=config.prediction_type, rescale_betas_zero_snr=config.zero_terminal_snr,
+        timestep_spacing="trailing", steps_offset=1, solver_order=1 + (sampler == "dpm++"))
+    encoder.tokenizer.model_max_length = config.token_length   # to which the pipeline pads
+    encoder.clip.config.use_attention_mask = False             # as in training
+    parts = dict(vae=codec.vae, text_encoder=encoder.clip, tokenizer=encoder.tokenizer,
+                 unet=model.unet, scheduler=scheduler, safety_checker=None, feature_extractor=None)
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
 
 
 # Command line
 
-DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
-SAMPLING_FLAGS = ("seed", "sampler", "steps", "guidance_rescale", "guidance_interval", "eta", "negative_prompt", "batch_size")
+DEFAULTS = inspect.unwrap(generate).__kwdefaults__
+SAMPLING_FLAGS = ("seed", "sampler", "steps", "guidance_rescale", "guidance_interval", "eta",
+                  "negative_prompt", "batch_size")
+
 
 def add_sampling_flags(parser):
-    """The flags that say how pictures are drawn, with generate()'s defaults; evaluate.py shares them."""
+    """The flags that say how pictures are drawn, with generate()'s defaults; evaluate.py's too."""
     parser.set_defaults(**{name: DEFAULTS[name] for name in SAMPLING_FLAGS})
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=SAMPLERS, help="dpm++ is DPM-Solver++ 2M (default: %(default)s)")
     add("--steps", type=int, help="network evaluations per picture (default: %(default)s)")
-    add("--guidance-rescale", type=float, help="phi of Lin et al. 2024, 0 to 1 (default: %(default)s, off)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at such t / T (default: all)")
-    add("--eta", type=float, help="DDIM's eta, 0 deterministic to 1 (default: %(default)s)")
+    add("--guidance-rescale", type=float, help="phi of Lin et al. 2024, 0 (off) to 1")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only at such t / T (default: all)")
+    add("--eta", type=float, help="DDIM's eta, 0 (deterministic) to 1 (default: %(default)s)")
     add("--negative-prompt", help="guide away from this text instead of the empty caption")
     add("--seed", type=int, help="picture i is a function of the seed and i (default: %(default)s)")
     add("--batch-size", type=int, help="pictures at a time on each process (default: %(default)s)")
-    add("--weights", choices=("ema", "raw"), default="ema", help="which weights to use (default: %(default)s)")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype of the network")
+    add("--weights", choices=("ema", "raw"), default="ema", help="(default: %(default)s)")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype")
     add("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
 
 def check_at_least(args, **least):
-    """Raises: ValueError that names the flag whose value is too small; one that was not given (None) passes."""
+    """Raises: ValueError that names the flag whose value is too small; one that is None passes."""
     for name, minimum in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < minimum:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")
+        value = getattr(args, name)
+        require(value is None or value >= minimum, args, name, f"must be at least {minimum}")
 
 
 def sampling_settings(args):
@@ -281,53 +302,59 @@ def sampling_settings(args):
 def parse_args():
     parser = argparse.ArgumentParser(description="Draw pictures for prompts with a trained model.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a checkpoint file")
+    add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a file")
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
     add("--prompt-file", type=Path, help="a text file with one prompt per line")
     add("--images-per-prompt", type=int, default=1, metavar="N")
     add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"],
         help="s in uncond + s (cond - uncond); 1 is off (default: %(default)s)")
-    add("--steps-strip", action="store_true", help="also draw the first picture's way from noise to picture")
-    add("--output", type=Path, help="folder for the pictures (default: samples_TIME beside the checkpoint)")
-    add("--export", type=Path, metavar="FOLDER", help="write the model for diffusers' StableDiffusionPipeline")
+    add("--steps-strip", action="store_true", help="also draw the first picture's way from noise")
+    add("--output", type=Path, help="the pictures' folder (default: samples_TIME in the run's)")
+    add("--export", type=Path, metavar="FOLDER", help="write it for diffusers' pipeline")
     add_sampling_flags(parser)
     args = parser.parse_args()
     if args.prompt_file:
-        if not args.prompt_file.is_file():
-            raise FileNotFoundError(f"--prompt-file {args.prompt_file}: no such file")
-        args.prompts += [line.strip() for line in args.prompt_file.read_text("utf-8-sig").splitlines() if line.strip()]
+        require(args.prompt_file.is_file(), args, "prompt_file", "no such file")
+        lines = args.prompt_file.read_text("utf-8-sig").splitlines()
+        args.prompts += [line.strip() for line in lines if line.strip()]
     if not args.prompts and not args.export:
         raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
     check_at_least(args, images_per_prompt=1, batch_size=1, seed=0)
     return args
 
 
+def name_unknown_words(prompts, known):
+    """A word-level text encoder draws nothing for words that it has never seen."""
+    words = set(re.findall(r"\w+", " ".join(prompts).lower()))
+    if known and (unknown := sorted(words - set(known))):
+        warnings.warn(f"--prompts: {', '.join(unknown)}: not among the words of the built-in "
+                      f"pictures, which are {', '.join(known)}", stacklevel=1)
+
+
 def main():
     args = parse_args()
-    ranks = setup_ranks(args.device)
-    model = load_model(args.checkpoint, ranks.device, args.weights, args.compile)
-    if args.export and ranks.is_main:
+    device = setup_processes(args.device)
+    is_main, dtype = dist.get_rank() == 0, amp_dtype(args.amp, device)
+    model = load_model(args.checkpoint, device, args.weights, args.compile)
+    if args.export and is_main:
         export_pipeline(model, args.export, args.sampler)
         print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")
     if not args.prompts:
         return
-    words, known = re.findall(r"\w+", " ".join(args.prompts).lower()), model.config.builtin_words
-    if ranks.is_main and known and (unknown := sorted(set(words) - set(known))):
-        warnings.warn(f"--prompts: {', '.join(unknown)}: not among the words of the built-in pictures, which are "
-                      f"{', '.join(known)}", stacklevel=1)
     prompts = [prompt for prompt in args.prompts for _ in range(args.images_per_prompt)]
     how = dict(sampling_settings(args), guidance_scale=args.guidance_scale)
-    dtype = amp_dtype(args.amp, ranks.device)
-    output = args.output or Path(model.source["checkpoint"]).parent / time.strftime("samples_%Y%m%d_%H%M%S")
-    if ranks.is_main:
+    run = Path(model.source["checkpoint"]).parent
+    output = args.output or run / time.strftime("samples_%Y%m%d_%H%M%S")
+    if is_main:
+        name_unknown_words(prompts, model.config.builtin_words)
         output.mkdir(parents=True, exist_ok=True)
-    pictures = generate_sharded(model, prompts, ranks, progress=ranks.is_main, dtype=dtype, **how)
-    if ranks.is_main:
+    pictures = generate_sharded(model, prompts, progress=is_main, dtype=dtype, **how)
+    if is_main:
         for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
-            info = PngInfo()   # how it was made, in the file's text chunks
+            chunks = PngInfo()   # how it was made
             for key, value in dict(prompt=prompt, index=i, **how, **model.source).items():
-                info.add_itxt(key, str(value))
-            to_pil(picture).save(output / f"{i:05d}.png", pnginfo=info)
+                chunks.add_itxt(key, str(value))
+            to_pil(picture).save(output / f"{i:05d}.png", pnginfo=chunks)
         make_grid(pictures, prompts).save(output / "grid.png")
         if args.steps_strip:
             make_strip(model, prompts[0], dtype=dtype, **how).save(output / "steps.png")

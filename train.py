@@ -1,57 +1,57 @@
-"""Training: Algorithm 1 of Ho et al. 2020 in the latent space of a frozen VAE, on any number of GPUs.
+"""Training: Algorithm 1 of Ho et al. 2020 in the latent space of a frozen VAE, on any GPUs.
 
-    python train.py                                                     # built-in pictures, one process
-    torchrun --standalone --nproc_per_node=2 train.py                   # two processes (GPUs, or CPUs where there is none)
-    torchrun --standalone --nproc_per_node=2 train.py --data flickr8k   # a folder or .zip of captioned images
+    python train.py                                    # built-in pictures, one process
+    torchrun --standalone --nproc_per_node=2 train.py  # two processes: GPUs, or CPUs without any
+    torchrun --standalone --nproc_per_node=2 train.py --data flickr8k   # captioned images
     torchrun --standalone --nproc_per_node=2 train.py --resume runs/run_20250131_120000
     sbatch slurm/train.sh --data flickr8k
 
-One step: draw images and captions, encode both with the frozen networks, draw t and eps, and move the UNet's output
-towards its target at x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. `step` counts optimizer updates, and
---batch-size is global: the sum over processes and accumulation steps.
+One update: draw images and captions, encode both with the frozen networks, draw t and eps, and move
+the UNet's output towards its target at x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+`step` counts optimizer updates, and --batch-size is global: the sum over processes and
+micro-batches.
 """
 import argparse
+import copy
 import fcntl
 import json
 import math
 import os
 import resource
 import shlex
+import signal
 import sys
 import threading
 import time
 import warnings
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import data
 import models
-from data import StopRequest, TrainingData, amp_dtype, is_builtin, run_main, setup_ranks, to_device, to_unit_range, vocabulary
-from models import EMA, PRESETS, ModelConfig, apply_unet, load_parameters
+from models import PRESETS, Model, ModelConfig, apply_unet, require, update_ema
 from sample import check_at_least, generate_sharded, make_grid, make_strip
 
 # What suits each preset; every value can be overridden by its flag.
 TRAINING_DEFAULTS = {
-    "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay", ema_decay=0.998,
-                 adam_betas=(0.9, 0.99), snr_floor=1.0),   # with 0.999 the loss may leap at this lr
+    "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay",
+                 ema_decay=0.998, snr_floor=1.0, adam_betas=(0.9, 0.99)),   # 0.999: loss may leap
     "standard": dict(epochs=100, batch_size=128, lr=2e-4, warmup_steps=1000, lr_schedule="cosine"),
     "large": dict(epochs=100, batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant"),
 }
 MODEL_FLAGS = {option.name: option for option in fields(ModelConfig) if option.metadata}
+SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)
+
+# Command line
 
 
 def number_or_none(text):
@@ -59,149 +59,162 @@ def number_or_none(text):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description="Train a text-to-image latent diffusion model.")
-    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    parser = argparse.ArgumentParser(description="Train a text-to-image latent diffusion model.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help='folder or .zip of captioned images, or built-in "shapes" (default) or "shapes-hard"')
-    add("--caption-template", default="a photo of a {}", help="caption for data with one sub-folder per class")
-    add("--max-bad-images", type=float, default=0.01, help="stop above this share of unreadable ones (default: %(default)s)")
-    add("--val-fraction", type=float, default=0.05, help="share of images held out for validation")
-    add("--random-crop", **switch, help="crop at random along the long side (default: centre)")
-    add("--flip", **switch, help='mirror half of the images; off because captions say "left"')
-    add("--cache-latents", nargs="?", const="", metavar="DIR", help="encode images once, into DIR (default: beside the data)")
-    add("--workers", type=int, help="loader processes per rank (default: all cores but one per rank; 0 for built-in pictures)")
-
-    add = parser.add_argument_group("model (kept in the checkpoint; defaults from the preset)").add_argument
-    add("--preset", choices=PRESETS, help="tiny for built-in pictures, else standard, unless given")
-    add("--init-unet", help="start from the architecture and weights of a diffusers UNet or pipeline, hub id or folder; give "
-                            "its own --text-encoder, --vae, --beta-schedule and --prediction-type too")
+    add("--data", default="shapes", help="folder or .zip of captioned images; shapes: built in")
+    add("--caption-template", default="a photo of a {}", help="for one sub-folder per class")
+    add("--max-bad-images", type=float, default=0.01, help="stop above this share of unreadable")
+    add("--val-fraction", type=float, default=0.05, help="share held out for validation")
+    add("--random-crop", **SWITCH, help="crop at random along the long side, not at the centre")
+    add("--flip", **SWITCH, help='mirror half of the images; off because captions say "left"')
+    add("--cache-latents", nargs="?", const="", metavar="DIR",
+        help="encode images once, into DIR or, without one, beside the data")
+    add("--workers", type=int, help="loader processes per rank; not given: its cores less one")
+    title = "model (kept in the checkpoint; defaults from the preset)"
+    add = parser.add_argument_group(title).add_argument
+    add("--preset", choices=PRESETS, help="not given: standard, tiny for shapes")
+    add("--init-unet", metavar="NAME", help="a diffusers UNet or pipeline to start from; give its "
+        "--text-encoder, --vae, --beta-schedule, --prediction-type")
     for name, option in MODEL_FLAGS.items():
-        kind = dict(action=argparse.BooleanOptionalAction) if option.type is bool else dict(type=option.type)
+        kind = SWITCH | dict(default=None) if option.type is bool else dict(type=option.type)
         add(f"--{name.replace('_', '-')}", **kind, **option.metadata)
-
-    add = parser.add_argument_group("optimization (defaults from the preset)").add_argument
-    add("--epochs", type=int)
-    add("--batch-size", type=int, help="images per optimizer update, over all processes")
-    add("--accumulation", type=int, default=1, help="micro-batches per update (default: %(default)s)")
-    add("--lr", type=float, help="AdamW's peak learning rate")
-    add("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
-    add("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: linear to 0 over the last fifth")
-    add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"))
-    add("--weight-decay", type=float, default=0.01)
-    add("--max-grad-norm", type=float, default=1.0, help="clip the global gradient norm, inf: never (default: %(default)s)")
-    add("--min-snr-gamma", type=number_or_none, default=5.0, help="upper clamp of the SNR, the x_0 error's weight (Hang et al. "
-                                                                  "2023); none for both: the simple loss (Ho et al. 2020)")
-    add("--snr-floor", type=number_or_none, help="lower clamp of the same (Salimans & Ho 2022)")
-    add("--ema-decay", type=float, default=0.9999)
-    add("--max-bad-steps", type=int, default=20, help="stop after so many not finite updates in a row (default: %(default)s)")
-    add("--seed", type=int, default=0)
-
-    add = parser.add_argument_group("system").add_argument
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16, on older GPUs fp16; off on CPUs")
-    add("--compile", **switch, help="torch.compile the UNet")
-    add("--gradient-checkpointing", **switch, help="recompute activations to save memory")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--resume", metavar="RUN", help="go on from a run folder or checkpoint file, with its flags where none are given")
-    add("--runs", default="runs", help="where run folders are made (default: %(default)s)")
-    add("--name", help="appended to the run folder's name")
-    add("--folder", metavar="RUN", help="the run folder itself; where it holds checkpoints already, go on from the newest")
-    add("--max-steps", type=int, help="stop and save after this many updates in all; --resume goes on")
-    add("--time-limit", type=float, metavar="MINUTES", help="stop and save after so long (default: before a Slurm job's end)")
-    add("--preflight", action="store_true", help="check all that the run needs, in a few minutes, and exit")
-    add("--save-every", type=int, default=1, metavar="N", help="epochs between checkpoints (default: %(default)s)")
-    add("--keep-last", type=int, default=3, metavar="K", help="newest checkpoints to keep (default: %(default)s)")
-    add("--keep-every", type=int, default=0, metavar="M", help="also keep every M-th epoch's checkpoint, 0 for none")
-    add("--sample-every", type=int, default=1, metavar="N", help="epochs between sample grids, 0 for none")
-    add("--sample-prompts", nargs="+", metavar="TEXT", help="prompts of the grids (default: validation captions)")
-    add("--sample-guidance", type=float, default=2.0, help="guidance scale of the grids (default: %(default)s)")
-    add("--log-every", type=int, default=20, metavar="N", help="updates between log points (default: %(default)s)")
+    add_training_flags(parser)
     return parser
 
 
+def add_training_flags(parser):
+    add = parser.add_argument_group("optimization (defaults from the preset)").add_argument
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="images per optimizer update, over all processes")
+    add("--accumulation", type=int, default=1, help="micro-batches per update")
+    add("--lr", type=float, help="AdamW's peak learning rate")
+    add("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
+    add("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: in the last fifth")
+    add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"))
+    add("--weight-decay", type=float, default=0.01)
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; inf: never")
+    add("--min-snr-gamma", type=number_or_none, default=5.0, help="upper clamp of the SNR, the x_0 "
+        "error's weight (Hang et al. 2023); none for both: the simple loss (Ho et al. 2020)")
+    add("--snr-floor", type=number_or_none, help="lower clamp (Salimans & Ho 2022)")
+    add("--ema-decay", type=float, default=0.9999)
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("system").add_argument
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="auto: bf16, on older GPUs fp16; off on CPUs")
+    add("--compile", **SWITCH, help="torch.compile the UNet")
+    add("--gradient-checkpointing", **SWITCH, help="recompute activations to save memory")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", metavar="RUN", help="go on from a run folder or checkpoint, with its flags")
+    add("--runs", default="runs", help="where run folders are made")
+    add("--name", help="appended to the run folder's name")
+    add("--folder", metavar="RUN", help="the run folder; go on from checkpoints that it holds")
+    add("--max-steps", type=int, help="stop and save after this many updates in all")
+    add("--time-limit", type=float, metavar="MINUTES",
+        help="stop and save after so long; not given: before a Slurm job's end")
+    add("--save-every", type=int, default=1, metavar="N", help="epochs between checkpoints")
+    add("--keep-last", type=int, default=3, metavar="K", help="newest checkpoints to keep")
+    add("--keep-every", type=int, default=0, metavar="M", help="also keep every M-th epoch's")
+    add("--sample-every", type=int, default=1, metavar="N", help="epochs between grids; 0: none")
+    add("--sample-prompts", nargs="+", metavar="TEXT", help="not given: validation captions")
+    add("--sample-guidance", type=float, default=2.0, help="guidance scale of the grids")
+    add("--log-every", type=int, default=20, metavar="N", help="updates between log points")
+
+
 def parse_args(argv=None):
-    """(args, ModelConfig, checkpoint payload or None, its path or None). Flags given by hand win over those of a resumed
-    run, and these over the preset's defaults; a resumed run's model and sample order cannot be changed."""
+    """(args, ModelConfig, checkpoint payload or None, its path or None). Flags given by hand win
+    over those of a resumed run, and these over the preset's defaults; a resumed run's model and
+    sample order cannot be changed."""
     parser = make_parser()
     first = parser.parse_args(argv)
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (first.folder or first.resume):
-        raise ValueError("torchrun --max-restarts: restarted processes find their run by its name; add --folder RUN")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
+            first.folder and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"):
+        # Else a restart begins anew, or calls at the addresses of the dead (pytorch issue 135712).
+        raise ValueError("torchrun --max-restarts: add --folder RUN, and in the environment set "
+                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     payload = path = None
-    resume = first.folder if first.folder and models.find_checkpoints(first.folder) else first.resume
-    if resume:
+    has_run = first.folder and models.find_checkpoints(first.folder)
+    if resume := first.folder if has_run else first.resume:
         payload, path = models.load_checkpoint(resume)
-        if Path(resume) == path and not first.folder and path in (found := models.find_checkpoints(path.parent))[1:]:
-            raise ValueError(f"--resume {path}: the same folder holds {found[0].name}, from which a run there goes on; "
-                             "delete what is newer, or add --folder NEW")
-        parser.set_defaults(**payload["args"])
+        newest, *older = models.find_checkpoints(path.parent) or [path]
+        require(first.folder or path != Path(resume) or path not in older, first, "resume",
+                f"the folder holds {newest.name}; delete what is newer, or add --folder NEW")
+        # Older versions had more flags.
+        parser.set_defaults(**{k: value for k, value in payload["args"].items() if k in first})
     else:
-        preset = first.preset or ("tiny" if is_builtin(first.data) else "standard")
+        preset = first.preset or ("tiny" if data.is_builtin(first.data) else "standard")
         parser.set_defaults(preset=preset, **TRAINING_DEFAULTS[preset])
     args = parser.parse_args(argv)
     config = make_config(args)
-    if args.init_unet and not payload:
-        config = replace(config, unet=models.read_unet_config(args.init_unet))
     if payload:
-        given, config = vars(args) | config.to_dict(), ModelConfig.from_dict(payload["config"])
-        stored = payload["args"] | config.to_dict()
+        given = argparse.Namespace(**vars(args) | asdict(config))
+        config = ModelConfig(**payload["config"])
+        stored = payload["args"] | asdict(config)
         for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", *MODEL_FLAGS):
-            if given[name] != stored.get(name):
-                raise ValueError(f"--{name.replace('_', '-')} {given[name]}: the checkpoint {path} has {stored.get(name)}; "
-                                 "leave the flag out, or start a new run without --resume")
-    check_at_least(args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, save_every=1, keep_last=1,
-                   log_every=1, max_bad_steps=1, seed=0, workers=0, keep_every=0, sample_every=0,
-                   min_snr_gamma=args.snr_floor or 0)
-    for name in ("val_fraction", "ema_decay"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 0 and below 1")
-    if not args.max_grad_norm > 0:
-        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be above 0; inf for no clipping")
+            require(getattr(given, name) == stored.get(name), given, name, f"the checkpoint {path} "
+                    f"has {stored.get(name)}; leave the flag out, or start a new run")
+    elif args.init_unet:
+        config = replace(config, unet=models.read_unet_config(args.init_unet))
+    check_args(args, config, payload)
     return args, config, payload, path
 
 
+def check_args(args, config, payload):
+    """Raises: ValueError for a value out of its range, or two flags that exclude each other."""
+    check_at_least(args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, seed=0,
+                   save_every=1, keep_last=1, log_every=1, workers=0, keep_every=0, sample_every=0,
+                   min_snr_gamma=args.snr_floor or 0)
+    for name in ("val_fraction", "ema_decay"):
+        require(0 <= getattr(args, name) < 1, args, name, "must be at least 0 and below 1")
+    require(args.max_grad_norm > 0, args, "max_grad_norm", "must be above 0; inf: no clipping")
+    if args.cache_latents is not None:
+        require(config.vae != "none", args, "cache_latents", "--vae none has no latents to cache")
+        require(not args.random_crop, args, "cache_latents", "with --random-crop "
+                "every visit has other latents; leave one of the two out")
+
+
 def make_config(args):
-    """The preset with the given model flags. The built-in text encoder knows the built-in captions' words and no others."""
+    """The preset with the given model flags. The built-in text encoder knows the built-in
+    captions' words and no others."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-    if args.data == "shapes-hard":
-        given.setdefault("resolution", 64)   # two things a picture need the room
     config = replace(PRESETS[args.preset], **given)
     if config.text_encoder != "builtin":
         return config
-    if is_builtin(args.data):
-        return replace(config, builtin_words=vocabulary())
-    if args.text_encoder == "builtin":
-        raise ValueError("--text-encoder builtin: it only knows the words of the built-in pictures; "
-                         "name a CLIP text model for your own data")
+    if data.is_builtin(args.data):
+        return replace(config, builtin_words=data.VOCABULARY)
+    require(args.text_encoder != "builtin", args, "text_encoder", "knows the words of the built-in "
+            "pictures alone; name a CLIP text model for your own data")
     return replace(config, text_encoder=ModelConfig.text_encoder)
 
 
-def autocast(device, dtype):
-    """torch.autocast, or nothing where dtype is None (float32)."""
-    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+# The loss and the learning rate
 
 
 def clean_latents(codec, batch):
-    """x_0 (B, C, h, w): a draw from the posterior of the batch's images, which are encoded now or were long ago."""
-    if "images" in batch:
-        return codec.encode(to_unit_range(batch["images"]), batch.get("posterior_eps"))
-    mean, std = batch["moments"].float().unbind(dim=1)
-    return mean + std * batch["posterior_eps"]
+    """x_0 (B, C, h, w): a draw from the posterior of the batch's images, which are encoded now or
+    were encoded once and for all."""
+    mean, std = (codec.moments(data.to_unit_range(batch["image"])) if "image" in batch
+                 else batch["moments"].float().unbind(dim=1))
+    return mean + std * batch["posterior_eps"] if "posterior_eps" in batch else mean
 
 
 def diffusion_loss(unet, model, batch, min_snr_gamma=None, snr_floor=None):
-    """Each sample's weighted squared error, (B,) float32: the inside of Algorithm 1, Ho et al. 2020."""
-    x_0 = clean_latents(model.codec, batch)                                                         # (B, C, h, w)
-    text_emb = model.text_encoder(batch["tokens"])                                                  # (B, L, D)
+    """Each sample's weighted squared error, (B,) float32: the inside of Algorithm 1, Ho et al.
+    2020. `batch` holds t (B,) and eps (B, C, h, w), which were drawn with the sample."""
     t, eps = batch["t"], batch["eps"]
-    x_t = model.schedule.add_noise(x_0, eps, t)
-    output = apply_unet(unet, model.config, x_t, t, text_emb)
-    error = (output.float() - model.schedule.target(x_0, eps, t)).square().mean(dim=(1, 2, 3))
+    x_0 = clean_latents(model.codec, batch)                         # (B, C, h, w)
+    text_emb = model.text_encoder(batch["caption"])                 # (B, L, D)
+    x_t = model.schedule.add_noise(x_0, eps, t)                     # (B, C, h, w)
+    output = apply_unet(unet, model.config, x_t, t, text_emb)       # (B, C, h, w)
+    target = model.schedule.target(x_0, eps, t)
+    error = (output.float() - target).square().mean(dim=(1, 2, 3))  # (B,)
     return model.schedule.loss_weight(t, min_snr_gamma, snr_floor) * error
 
 
 def learning_rate(step, total_steps, args):
-    """The learning rate of update number `step`, from 0: a pure function, so there is no scheduler state to save."""
+    """The learning rate of update number `step`, from 0: a pure function, so that there is no
+    scheduler state to save."""
     lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
     if args.lr_schedule == "cosine":
         lr *= (1 + math.cos(math.pi * min(1, step / total_steps))) / 2
@@ -210,218 +223,248 @@ def learning_rate(step, total_steps, args):
     return lr
 
 
-def clip_gradients(parameters, max_norm):
-    """Scale the gradients down to the global norm max_norm where it is larger; returns their norm before.
-
-    On a GPU the factor is always applied, as looking would synchronise; on a CPU looking is free and mostly saves the work.
-    """
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm.is_cuda or norm > max_norm:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
 @torch.no_grad()
-def validate(model, loader, ranks, dtype, parts=5):
-    """Mean unweighted error over the fixed validation samples, each with its own fixed t and eps, and the means over those
-    of each fifth of [0, T): early ones (small t) are about detail, late ones about composition. {TensorBoard tag: value}."""
-    T = model.schedule.num_train_timesteps
-    sums = torch.zeros(2, parts, dtype=torch.float64, device=ranks.device)   # errors and samples
+def validate(model, loader, unreadable, dtype, parts=5):
+    """{TensorBoard tag: value}: the mean unweighted error over the fixed validation samples, and
+    over those of each fifth of [0, T). Small t is about detail, large t about composition."""
+    T, device = model.schedule.num_train_timesteps, model.device
+    sums = torch.zeros(2, parts, dtype=torch.float64, device=device)   # errors and samples
     for batch in loader:
-        batch = to_device(batch, ranks.device)
-        with autocast(ranks.device, dtype):
+        unreadable.note(batch)
+        batch = data.to_device(batch, device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             error = diffusion_loss(model.unet, model, batch).double()
         sums.index_add_(1, batch["t"] * parts // T, torch.stack([error, torch.ones_like(error)]))
-    ranks.sum(sums)
-    total, count = sums.sum(dim=1).tolist()
-    return {"epoch/validation_loss": total / count} | {
-        f"validation_by_t/{k * T // parts:04d}-{(k + 1) * T // parts:04d}": total / count
-        for k, (total, count) in enumerate(sums.T.tolist()) if count}
+    dist.all_reduce(sums)
+    error, count = sums.sum(dim=1)
+    values = {"epoch/validation_loss": (error / count).item()}
+    return values | {f"validation_by_t/{k * T // parts:04d}-{(k + 1) * T // parts:04d}": e / n
+                     for k, (e, n) in enumerate(sums.T.tolist()) if n}
 
 
-def prepare_network(args, unet, ranks):
-    """The UNet as the loop calls it: with the switches for speed and memory and, with several processes, wrapped in DDP."""
-    models.speed_up(unet, ranks.device, args.compile)
-    if args.gradient_checkpointing:   # there is no dropout, so no random state to bring back
-        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
-        torch._dynamo.config.optimize_ddp = False   # PyTorch 2.7 cannot cut a compiled network with checkpoints into buckets
-    if ranks.world_size == 1:
-        return unet
-    return DistributedDataParallel(unet, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)
+# Stopping, and images that cannot be read
 
-
-def make_run_folder(args, checkpoint_path, ranks):
-    """--folder, or the folder of the resumed run, or a new runs/run_YYYYmmdd_HHMMSS[_name]; the same on every rank."""
-    if args.folder or checkpoint_path:
-        folder = Path(args.folder or checkpoint_path.parent)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    folder = None
-    if ranks.is_main:
-        stem = time.strftime("run_%Y%m%d_%H%M%S") + (f"_{args.name}" if args.name else "")
-        for suffix in ["", *(f"_{k}" for k in range(2, 1000))]:   # jobs of one array start in the same second
-            folder = Path(args.runs) / (stem + suffix)
-            with suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                break
-    return ranks.gather(folder)[0]
-
-
-def take_over(folder):
-    """Lock the run folder for as long as this process lives and the returned file is held, and remove what a killed run left
-    half-written. A POSIX lock ends with its process, however that ends; loader workers do not inherit it; NFS has it."""
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"--folder {folder}: another job is training in this folder; stop it, or name another") from None
-    except OSError as error:
-        warnings.warn(f"--folder {folder}: this file system has no locks ({error}), so see to it that only one job uses it",
-                      stacklevel=2)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    return lock
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextmanager
-def tolerate_disk_faults(what, writer=None):
-    """A disk that is full or gone costs the run what is written within the block, and no more. It is said, once for each
-    text; a SummaryWriter, whose thread does not survive, begins a new file the next time."""
+def give_signals_back():
+    """After the block the signals do again what they did before, for example in a notebook."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
-    except OSError as error:
-        warnings.warn(f"{what} could not be written ({error}); training goes on", stacklevel=1)
-        if writer:
-            writer.file_writer = writer.all_writers = None
+    finally:
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            signal.signal(number, before[number])
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1, Ctrl-C, the clock, a file named `stop` or --max-steps ask the run to stop.
+    All ranks agree after the same update. A second Ctrl-C kills."""
+
+    def __init__(self, stop_file, deadline=math.inf, max_steps=None, step=0):
+        """`deadline`: a Unix time. Clock and file are the main rank's to watch."""
+        self.stop_file, self.deadline = stop_file, deadline
+        self.max_steps = math.inf if max_steps is None else max_steps
+        self.asked, self.agreed = False, step >= self.max_steps
+        self.next_look, self.work = 0.0, None
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self.ask)
+
+    def ask(self, number, _):
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # torchrun's word for a second Ctrl-C
+
+    def poll(self, step):
+        """Tell the other ranks whether this one was asked. Their answer is read after the next
+        update, so that nobody waits for it."""
+        if dist.get_rank() == 0 and time.time() >= self.next_look:
+            self.asked |= time.time() >= self.deadline or self.stop_file.exists()
+            self.next_look = time.time() + 3
+        if self.work:
+            self.work.wait()
+            self.agreed = bool(self.vote.item())
+        self.vote = torch.tensor([float(self.asked)])
+        self.work = dist.all_reduce(self.vote, async_op=True)   # over gloo, beside the GPU's work
+        self.agreed |= step >= self.max_steps
 
 
 def stop_time(minutes):
-    """The Unix time at which to stop and save: so many minutes from now; by default, in a Slurm job, five minutes before
-    its end or after nine tenths of what is left of it, whichever is later."""
+    """The Unix time at which to stop and save: so many minutes from now; by default, in a Slurm
+    job, five minutes before its end or after nine tenths of what is left, whichever is later."""
     if minutes is not None:
         return time.time() + 60 * minutes
     left = float(os.environ.get("SLURM_JOB_END_TIME") or math.inf) - time.time()
     return time.time() + max(left - 300, 0.9 * left)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Within the block, `peak` grows to the most that the tensors made there hold at any moment."""
+class UnreadableImages:
+    """Images that could not be read, so that the next ones took their places; named once each."""
 
-    def __init__(self):
-        super().__init__()
-        self.peak, self.storages = 0, WeakSet()   # a storage leaves the set when its memory is freed
+    def __init__(self, source, max_share):
+        self.source, self.max_share, self.met, self.named = source, max_share, set(), set()
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        outputs = operation(*args, **(kwargs or {}))
-        if not operation.is_view:
-            self.storages.update(leaf.untyped_storage() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
-        return outputs
+    def note(self, batch):
+        """`batch` is still on the CPU."""
+        self.met.update(batch["wanted"][batch["wanted"] != batch["number"]].tolist())
 
-
-def training_bytes(args, model, data, ranks, dtype):
-    """(all, weights): what training takes on this rank's device at its peak, and of that what stays between steps.
-
-    A step is run on fake tensors, which have shapes but no numbers, to add up what lives at each moment of it.
-    """
-    unet = sum(p.nbytes for p in model.unet.parameters())
-    frozen = [*model.text_encoder.parameters(), model.text_encoder.remembered, *model.codec.parameters()]
-    stay = 4 * unet + sum(p.nbytes for p in frozen)   # the UNet's weights, Adam's two moments and EMA
-    sample = data.loader.dataset.__getitems__([(0, 0, int(data.train_images[0]))])
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as step:
-        batch = {name: torch.empty(data.batches.micro_batch, *tensor.shape[1:], dtype=tensor.dtype, device=ranks.device)
-                 for name, tensor in sample.items()}
-        with autocast(ranks.device, dtype):
-            loss = diffusion_loss(model.unet.forward, model, batch, args.min_snr_gamma, args.snr_floor).mean()   # never compiled
-        forward_peak = step.peak
-        torch.autograd.grad(loss, list(model.unet.parameters()))
-    # With several processes gradients lie in DDP's buckets all the time; with several micro-batches their sum so far beside them.
-    copies = (ranks.world_size > 1) + (args.accumulation > 1)
-    return stay + (copies * unet + max(forward_peak, step.peak - unet) if copies else step.peak), stay
+    def check(self):
+        """Name those that any rank has met. Raises: ValueError where they are too many."""
+        new = sorted(set().union(*data.gather(self.met - self.named)))
+        self.named.update(new)
+        share = f"{len(self.named)} of {len(self.source)} images cannot be read"
+        if len(self.named) > self.max_share * len(self.source):
+            bad = ", ".join(repr(self.source.names[i]) for i in sorted(self.named)[:100])
+            raise ValueError(f"--max-bad-images {self.max_share}: {share}; repair or remove {bad}")
+        if new and dist.get_rank() == 0:
+            names = ", ".join(repr(self.source.names[i]) for i in new)
+            tqdm.write(f"warning: {share}; the next take their places; new: {names}", sys.stderr)
 
 
-def print_startup_table(args, model, data, ranks, folder, dtype):
-    """What runs where, and what it takes."""
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    devices = ranks.gather(f"{ranks.device} ({name}) on {os.uname().nodename}")
-    if not ranks.is_main:
-        return
-    trainable = sum(p.numel() for p in model.unet.parameters())
-    frozen = sum(p.numel() for net in (model.text_encoder, model.codec) for p in net.parameters())
-    try:
-        memory, weights = (size / 2**30 for size in training_bytes(args, model, data, ranks, dtype))
-        memory = (f"{memory:.2f} GiB of tensors at the peak of a step, computed; {weights:.2f} GiB between steps: weights, "
-                  "Adam's two moments, EMA, frozen networks")
-    except Exception as error:   # fake tensors are young, and the run does not need to know
-        memory = f"could not be computed ({type(error).__name__}: {error})".splitlines()[0]
-    rows = [(f"rank {rank}", device) for rank, device in enumerate(devices)] + [
-        ("run folder", folder),
-        ("data", f"{args.data}: {len(data.train_images):,} training and {len(data.val_images):,} validation images, "
-                 f"{model.config.resolution} px"),
-        ("batch", f"{args.batch_size} = {ranks.world_size} processes x {args.accumulation} micro-batches x "
-                  f"{data.batches.micro_batch}"),
-        ("length", f"{args.epochs} epochs x {data.batches.steps_per_epoch} steps"),
-        ("UNet", f"{trainable / 1e6:.1f} M parameters, input {' x '.join(map(str, model.codec.latent_shape))}, "
-                 f"predicts {model.config.prediction_type}"),
-        ("frozen", f"{frozen / 1e6:.1f} M parameters: text encoder {model.config.text_encoder}, VAE {model.config.vae}"),
-        ("precision", "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} autocast, float32 weights"),
-        ("memory per process", memory)]
-    print("\n".join(f"{key:>18}  {value}" for key, value in rows), flush=True)
+# Networks and state
+
+
+def latent_loader(args, model, source, workers):
+    """image_loader's counterpart, with latents that are encoded once. The cache folder's name is a
+    hash of all that they depend on, so that one that is found fits."""
+    codec, config = model.codec, model.config
+    images = data.content_hashes(source.content, len(source))
+    made_of = dict(images=data.hash_of(images), vae=data.hash_of_weights(codec.vae), crop="centre",
+                   resolution=config.resolution, flips=1 + args.flip, scale=codec.scale,
+                   shift=codec.shift, dtype="float16")
+    parent = Path(args.cache_latents or Path(args.data).parent)
+    folder = parent / f"latents_{data.hash_of([made_of])[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def encode(images):
+        return codec.moments(data.to_unit_range(images.to(model.device)))
+
+    return data.cache_latents(folder, source, config, codec.latent_shape, encode,
+                              models.write_atomically, args.flip, workers)
+
+
+def make_loaders(args, model, source, order, train_images, val_images):
+    """The training and the validation loader: captions with pixels or, if cached, latents."""
+    suited = 0 if data.is_builtin(args.data) else data.default_workers()
+    workers = suited if args.workers is None else args.workers
+    load = (data.image_loader(source, model.config) if args.cache_latents is None
+            else latent_loader(args, model, source, workers))
+    captions, config, shape = source.captions, model.config, model.codec.latent_shape
+    samples = data.Samples(load, captions, train_images, config, shape, seed=args.seed,
+                           random_crop=args.random_crop, flip=args.flip)
+    validation = data.Samples(load, captions, val_images, config, shape, validation=True)
+    val_order = data.validation_order(val_images, order.micro_batch)
+    return (data.make_loader(samples, order, model.device, workers),
+            data.make_loader(validation, val_order, model.device, workers))
+
+
+def prepare_network(args, unet, device):
+    """The UNet as the loop calls it, with the switches for speed and memory. Several processes wrap
+    it in DDP, which averages gradients over them in the backward pass."""
+    if args.gradient_checkpointing:   # there is no dropout, so no random state to bring back
+        keep_no_state = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        unet.enable_gradient_checkpointing(keep_no_state)
+        torch._dynamo.config.optimize_ddp = False   # PyTorch 2.7 cannot cut such a compiled network
+    if args.compile:
+        unet.compile()   # in place: the names of the weights stay
+    if dist.get_world_size() == 1:
+        return unet
+    device_ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(unet, device_ids, gradient_as_bucket_view=True)
 
 
 class TrainingState:
     """What training changes, and so what a checkpoint holds."""
 
+    COUNTERS = ("epoch", "step", "step_in_epoch", "epoch_losses")
+
     def __init__(self, unet, args, device, dtype):
-        self.unet, self.ema = unet, EMA(unet, args.ema_decay)
-        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=tuple(args.adam_betas),
+        self.unet, self.ema = unet, copy.deepcopy(unet).requires_grad_(False).eval()
+        # Listed once: walking through the modules costs a millisecond.
+        self.weights, self.averages = list(unet.parameters()), list(self.ema.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, args.lr, tuple(args.adam_betas),
                                            weight_decay=args.weight_decay, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.epoch = self.step = self.step_in_epoch = 0   # finished epochs; optimizer updates in all, and in this epoch
+        # Float16 needs its gradients scaled up. Elsewhere the scale stays 1, and the scaler only
+        # skips the update where a gradient is not finite.
+        self.is_scaled = dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.is_scaled else 1.0)
+        # Finished epochs; updates in all, and in this epoch.
+        self.epoch = self.step = self.step_in_epoch = 0
         self.epoch_losses = []
-        # Of the epoch's updates so far, this rank's part: loss, gradient norm, their number.
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        # This rank's part of the epoch's updates, and of those since the last log point: sums of
+        # loss, gradient norm and their number.
+        self.sums, self.recent = torch.zeros(2, 3, dtype=torch.float64, device=device)
 
-    def restore(self, payload, is_main):
-        """Continue from a checkpoint's payload. The main rank carries on the sums of all: a float64 sum of float32 losses
-        is exact, so the epoch's mean does not depend on who added what."""
-        load_parameters(self.unet, payload["unet"])
-        for name, average in self.ema.parameters.items():
-            average.copy_(payload["ema"][name])
-        flags = {name: self.optimizer.param_groups[0][name] for name in ("betas", "weight_decay")}   # may be given anew
+    def count_update(self, loss, norm):
+        """Skipped updates count as steps, but not in the means."""
+        values = torch.stack([loss, norm.double(), torch.ones_like(loss)])
+        values = torch.where(norm.isfinite(), values, 0)
+        self.sums += values
+        self.recent += values
+        self.step += 1
+        self.step_in_epoch += 1
+
+    def end_epoch(self):
+        loss, _, updates = all_reduced(self.sums).tolist()
+        self.epoch_losses.append(loss / updates if updates else math.nan)
+        self.sums.zero_()
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+
+    def restore(self, payload, args, source, train_images):
+        """Continue from a checkpoint's payload. Raises: ValueError where the data are others."""
+        count, ranks = len(train_images), dist.get_world_size()
+        require(payload["train_images"] == count, args, "data", f"has {count} training images, the "
+                f"run was started with {payload['train_images']}; restore them, or start a new run")
+        models.load_weights(self.unet, payload["unet"])
+        models.load_weights(self.ema, payload["ema"])
+        given = {name: self.optimizer.param_groups[0][name] for name in ("betas", "weight_decay")}
         self.optimizer.load_state_dict(payload["optimizer"])
-        self.optimizer.param_groups[0].update(flags)
-        for p, moments in self.optimizer.state.items():   # laid out in memory like the weights, which differs by device
-            moments |= {name: torch.empty_like(p).copy_(value) if value.shape == p.shape else value.clone()
-                        for name, value in moments.items()}
-        if payload["scaler"]:   # none where the GPU before computed in bfloat16
+        self.optimizer.param_groups[0].update(given)
+        for p, moments in self.optimizer.state.items():   # in the layout of this device's weights
+            for name, value in moments.items():
+                moments[name] = torch.empty_like(p if value.ndim else value).copy_(value)
+        if self.is_scaled and payload["scaler"]:   # none where the GPU before computed in bfloat16
             self.scaler.load_state_dict(payload["scaler"])
-        self.epoch, self.step, self.step_in_epoch = payload["epoch"], payload["step"], payload["step_in_epoch"]
-        self.epoch_losses = payload["epoch_losses"]
-        self.sums += torch.tensor(payload["sums"], dtype=torch.float64).to(self.sums) if is_main else 0
+        for name in self.COUNTERS:
+            setattr(self, name, payload[name])
+        if dist.get_rank() > 0:
+            return
+        # The main rank carries on the sums of all: a float64 sum of float32 losses is exact, so
+        # that the epoch's mean does not depend on who added what.
+        self.sums += torch.tensor(payload["sums"], dtype=torch.float64).to(self.sums.device)
+        if payload.get("fingerprint", source.fingerprint) != source.fingerprint:
+            warnings.warn(f"--data {args.data}: its names or captions have changed since the run "
+                          "was started, so it goes on with other samples")
+        if payload["processes"] != ranks:
+            print(f"{payload['processes']} processes up to step {self.step}, {ranks} from here: "
+                  "the same samples and noise, weights equal up to rounding")
 
-    def check_ranks(self, ranks):
-        """Raises: ValueError where ranks have come apart in weights, EMA, optimizer or step, down to the last bit."""
-        moments = chain.from_iterable(state.values() for state in self.optimizer.state.values())
-        total = sum(tensor.detach().view(torch.int32).sum().to(self.sums.device)
-                    for tensor in chain(self.unet.parameters(), self.ema.parameters.values(), moments))
-        totals = ranks.gather((self.step, total.item()))
+    def check_ranks(self):
+        """Raises: ValueError where ranks differ in weights, EMA, moments or step, by one bit."""
+        moments = [value for of_p in self.optimizer.state.values() for value in of_p.values()]
+        total = sum(tensor.detach().view(torch.int32).sum().to(self.sums.device) for tensor in
+                    [*self.weights, *self.averages, *moments])
+        totals = data.gather((self.step, total.item()))
         if apart := [rank for rank, theirs in enumerate(totals) if theirs != totals[0]]:
-            raise ValueError(f"step {self.step}: rank(s) {apart} hold other weights than rank 0, by a faulty device or different "
-                             "files or software on the nodes; go on from the last checkpoint with --resume")
+            raise ValueError(f"step {self.step}: rank(s) {apart} hold other weights than rank 0: a "
+                             "faulty device, or other files or software; go on with --resume")
 
-    def save(self, folder, ranks, keep=(1, 0), tries=1, **more):
-        """Write checkpoint_epochEEEE_stepSSSSSSSS.pt from the main rank and prune the ones before; called by all.
+    def save(self, folder, keep=(1, 0), tries=1, **more):
+        """Write checkpoint_epochEEEE_stepSSSSSSSS.pt from the main rank and prune; called by all.
 
-        Where it cannot be written the older ones stay; the last of several tries, ten seconds apart, raises OSError.
+        Where it cannot be written the older ones stay; the last of several tries, ten seconds
+        apart, raises OSError.
         """
-        self.check_ranks(ranks)
-        sums, saved = ranks.sum(self.sums.clone()).tolist(), False
-        if ranks.is_main:
-            payload = dict(unet=self.unet.state_dict(), ema=self.ema.parameters, optimizer=self.optimizer.state_dict(),
-                           scaler=self.scaler.state_dict(), epoch=self.epoch, step=self.step, sums=sums,
-                           step_in_epoch=self.step_in_epoch, epoch_losses=self.epoch_losses, processes=ranks.world_size, **more)
+        self.check_ranks()
+        sums, saved = all_reduced(self.sums).tolist(), False
+        if dist.get_rank() == 0:
+            payload = {name: getattr(self, name) for name in self.COUNTERS} | dict(
+                unet=self.unet.state_dict(), ema=self.ema.state_dict(),
+                optimizer=self.optimizer.state_dict(), sums=sums, processes=dist.get_world_size(),
+                scaler=self.scaler.state_dict() if self.is_scaled else {}, **more)
             path = folder / f"checkpoint_epoch{self.epoch:04d}_step{self.step:08d}.pt"
             for wait in [10] * (tries - 1) + [0]:
                 with tolerate_disk_faults(f"checkpoint {path}"):
@@ -432,215 +475,297 @@ class TrainingState:
                 if saved:
                     break
                 time.sleep(wait)
-        # Nobody leaves before the file is there: one process that ends may take the others with it.
-        if not ranks.gather(saved)[0] and tries > 1:
-            raise OSError(f"step {self.step}: not saved in {tries} tries; make room for {folder} and go on with --resume")
+        # Nobody leaves before the file is there: a process that ends may take the others with it.
+        if not data.gather(saved)[0] and tries > 1:
+            raise OSError(f"step {self.step}: not saved in {tries} tries; make room for {folder}")
+
+
+def all_reduced(tensor):
+    """The sum over all ranks, as a new tensor."""
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+# The run folder
+
+
+def make_run_folder(args, checkpoint_path):
+    """--folder, or the resumed run's, or a new runs/run_YYYYmmdd_HHMMSS[_name]; for all ranks."""
+    folder = args.folder or (checkpoint_path and checkpoint_path.parent)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    elif dist.get_rank() == 0:
+        stem = time.strftime("run_%Y%m%d_%H%M%S") + (f"_{args.name}" if args.name else "")
+        for suffix in ["", *(f"_{k}" for k in range(2, 1000))]:   # jobs that start in one second
+            folder = Path(args.runs) / (stem + suffix)
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                break
+    return Path(data.gather(folder)[0])
+
+
+def take_over(folder):
+    """Lock the run folder until this process ends, and remove what a killed run left half-written.
+
+    A POSIX lock ends with its process, however that ends; loader workers do not inherit it; NFS has
+    it. Nobody closes the file, as that would give up the lock.
+    """
+    lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"--folder {folder}: another job is training in this folder; stop it, or "
+                         "name another") from None
+    except OSError as error:
+        warnings.warn(f"--folder {folder}: cannot be locked ({error}); let only one job use it")
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+
+
+def open_run_folder(folder, record, step):
+    """The main rank's SummaryWriter in the run folder, which is then this run's alone."""
+    take_over(folder)
+    # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
+    threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
+                            or threading.__excepthook__(died))
+    (folder / "stop").unlink(missing_ok=True)
+    writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+    text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
+    models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+    writer.add_text("config", "    " + text.replace("\n", "\n    "), step)
+    return writer
+
+
+@contextmanager
+def tolerate_disk_faults(what, writer=None):
+    """A full or missing disk costs the run what is written within the block, and no more. A
+    SummaryWriter, whose thread does not survive, begins a new file the next time."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not be written ({error}); training goes on")
+        if writer:
+            writer.file_writer = writer.all_writers = None
+
+
+# What a run reports
+
+
+def print_start(args, model, order, counts, folder, dtype):
+    """What runs where; `counts`: training and validation images."""
+    device, config, is_gpu = model.device, model.config, model.device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
+    devices = data.gather(f"{device} ({name}) on {os.uname().nodename}")
+    trainable, text, vae = (f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters"
+                            for net in (model.unet, model.text_encoder, model.codec))
+    latents = " x ".join(map(str, model.codec.latent_shape))
+    rows = {f"rank {rank}": device for rank, device in enumerate(devices)} | {
+        "run folder": folder,
+        "data": f"{args.data}: {counts[0]:,} training and {counts[1]:,} validation images",
+        "batch": f"{args.batch_size} = {len(devices)} processes x {args.accumulation} "
+                 f"micro-batches x {order.micro_batch}",
+        "length": f"{args.epochs} epochs x {order.steps_per_epoch} steps",
+        "UNet": f"{trainable}, input {latents}, predicts {config.prediction_type}",
+        "text encoder": f"{config.text_encoder}, {text}, frozen",
+        "VAE": f"{config.vae}, {vae}, frozen, for images of {config.resolution} px",
+        "precision": f"{dtype} autocast, float32 weights" if dtype else "float32"}
+    if dist.get_rank() == 0:
+        print("\n".join(f"{key:>14}  {value}" for key, value in rows.items()), flush=True)
+
+
+def end_run(args, state, folder, writer, prompt):
+    with tolerate_disk_faults("curves"):
+        writer.close()
+        if state.epoch == args.epochs or state.step == args.max_steps:
+            (folder / "stop").touch()   # tells whoever started this that nothing is left to do
+    if state.epoch < args.epochs:
+        print(f"stopped after {state.step} steps; to go on: train.py --resume {folder}")
+        return
+    shown = "".join(filter(str.isprintable, prompt))   # a caption may hold a shell command
+    print(f"finished: {folder}")
+    print(f"draw pictures: python sample.py --checkpoint {folder} --prompts {shlex.quote(shown)}")
+
+
+def peak_gib(device):
+    """The most memory so far: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class StepLog:
-    """Sums on the device over the steps since the last report; one all-reduce and one synchronisation a report."""
+    """Means over the updates since the last report; one synchronisation a report."""
 
-    def __init__(self, writer, ranks, batch_size):
-        self.writer, self.ranks, self.batch_size = writer, ranks, batch_size
-        self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)   # loss, gradient norm, updates
-        self.bad_in_a_row = 0
-        self.restart()
+    def __init__(self, writer, folder, batch_size, state):
+        self.writer, self.folder, self.batch_size, self.bad = writer, folder, batch_size, 0
+        self.restart(state)
 
-    def restart(self):
-        self.sums.zero_()
-        self.bad = []   # for each step, on the device, whether its update was skipped
-        self.steps, self.data_seconds, self.since = 0, 0.0, time.perf_counter()
+    def restart(self, state):
+        """What comes before now does not count."""
+        state.recent.zero_()
+        self.step, self.data_seconds, self.since = state.step, 0.0, time.perf_counter()
 
-    def report(self, step, lr, max_bad_steps, quiet):
-        """Write the means since the last report to TensorBoard; returns a short text for the progress bar.
-
-        Names the skipped updates unless `quiet`. Raises: ValueError after max_bad_steps in a row, on all ranks."""
-        loss, grad_norm = (self.ranks.sum(self.sums)[:2] / self.sums[2]).tolist()
+    def report(self, state, lr):
+        """Write the means to TensorBoard; returns a short text for the progress bar. Raises:
+        ValueError on all ranks where no update was finite, for 20 of them at least."""
+        steps = state.step - self.step
+        loss, norm, made = all_reduced(state.recent).tolist()
+        skipped = steps - made / dist.get_world_size()
+        self.bad = 0 if made else self.bad + steps
+        if self.bad >= 20:
+            newest = [*models.find_checkpoints(self.folder), "none"][0]
+            raise ValueError(f"no finite gradient in {self.bad} updates up to step {state.step}; "
+                             f"the last checkpoint is {newest}; try a lower --lr or --amp off")
+        if skipped and not state.is_scaled and dist.get_rank() == 0:
+            tqdm.write(f"warning: {skipped:.0f} of {steps} updates up to step {state.step} "
+                       "skipped: loss or gradient not finite", file=sys.stderr)
+        loss, norm = (loss / made, norm / made) if made else (math.nan, math.nan)
         seconds = time.perf_counter() - self.since
-        skipped = [step + 1 - self.steps + k for k, bad in enumerate(torch.stack(self.bad).tolist()) if bad]
-        for number in range(step + 1 - self.steps, step + 1):
-            self.bad_in_a_row = self.bad_in_a_row + 1 if number in skipped else 0
-            if self.bad_in_a_row >= max_bad_steps:
-                newest = models.find_checkpoints(self.writer.log_dir)[:1] if self.writer else []
-                raise ValueError(f"--max-bad-steps {max_bad_steps}: the loss or gradient was not finite in so many updates in a "
-                                 f"row, up to step {number}; the last good checkpoint is {newest[0] if newest else 'none'}; "
-                                 "try a lower --lr or --amp off")
-        if skipped and not quiet and self.ranks.is_main:
-            tqdm.write(f"warning: update skipped at step {', '.join(map(str, skipped))}: loss or gradient norm not finite",
-                       file=sys.stderr)
-        peak = (torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda"
-                else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/learning_rate": lr, "train/skipped": len(skipped),
-                  "speed/images_per_second": self.steps * self.batch_size / seconds,
-                  "speed/data_wait_share": self.data_seconds / seconds, "memory/peak_gib": peak / 2**30}
+        speed = steps * self.batch_size / seconds
+        values = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": lr,
+                  "train/skipped": skipped, "speed/images_per_second": speed,
+                  "speed/data_wait_share": self.data_seconds / seconds,
+                  "memory/peak_gib": peak_gib(state.sums.device)}
         with tolerate_disk_faults("curves"):
             for tag, value in values.items() if self.writer else ():
-                self.writer.add_scalar(tag, value, step)
-        self.restart()
-        return f"loss {loss:.4f}, {values['speed/images_per_second']:.0f} images/s"
+                self.writer.add_scalar(tag, value, state.step)
+        self.restart(state)
+        return f"loss {loss:.4f}, {speed:.0f} images/s"
 
 
-def train_epoch(args, model, net, state, data, ranks, dtype, log, stop):
-    """Algorithm 1 of Ho et al. 2020 from state.step_in_epoch to the end of the epoch. Returns True where the run was
-    asked to stop on the way, always between two updates and on all ranks at the same one."""
-    device, steps_per_epoch = ranks.device, data.batches.steps_per_epoch
-    data.batches.start_at(state.epoch, state.step_in_epoch)
-    batches = data.watched(data.loader)
-    with tqdm(total=steps_per_epoch, initial=state.step_in_epoch, unit="step", desc=f"epoch {state.epoch + 1}/{args.epochs}",
-              disable=not ranks.is_main, mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True) as bar:
-        while state.step_in_epoch < steps_per_epoch:
-            lr = learning_rate(state.step, args.epochs * steps_per_epoch, args)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
-            step_loss = 0
-            for micro in range(args.accumulation):
-                waiting = time.perf_counter()
-                batch = to_device(next(batches), device)
-                log.data_seconds += time.perf_counter() - waiting
-                # Gradients are averaged over ranks in the last backward pass of an update.
-                with nullcontext() if net is model.unet or micro == args.accumulation - 1 else net.no_sync():
-                    with autocast(device, dtype):
-                        loss = diffusion_loss(net, model, batch, args.min_snr_gamma, args.snr_floor).mean()
-                    # Micro-batches are of equal size, so the mean of their means is the mean over the global batch.
-                    # An infinite loss is made NaN, which the averaged gradients then tell every rank.
-                    loss = loss / args.accumulation * (1 + 0 * loss.detach())
-                    state.scaler.scale(loss).backward()
-                step_loss += loss.detach().double()
-            state.scaler.unscale_(state.optimizer)
-            norm = clip_gradients(state.optimizer.param_groups[0]["params"], args.max_grad_norm)
-            # With found_inf at 1 AdamW leaves weights and moments alone; nobody has to wait for the answer to know.
-            bad = ~norm.isfinite()
-            state.optimizer.found_inf = bad.float()
-            update = torch.where(bad, 0, torch.stack([step_loss, norm.double(), torch.ones_like(step_loss)]))
-            state.sums += update
-            log.sums += update
-            log.bad.append(bad)
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            state.optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            state.step_in_epoch += 1
-            log.steps += 1
-            state.ema.update(state.step)
-            bar.update()
-            if state.step % args.log_every == 0 or state.step_in_epoch == steps_per_epoch:
-                data.check_images(ranks)
-                bar.set_postfix_str(log.report(state.step, lr, args.max_bad_steps, quiet=state.scaler.is_enabled()))
-            if stop.poll() or state.step == args.max_steps:
-                return True
-    return False
-
-
-def finish_epoch(args, model, state, data, ranks, dtype, writer, folder):
-    """The epoch's mean loss, the validation loss and, every --sample-every epochs, the grid and the way to its first
-    picture, all but the first with the EMA weights."""
-    loss_sum, _, updates = ranks.sum(state.sums).tolist()
-    state.epoch_losses.append(loss_sum / updates if updates else math.nan)
-    state.sums.zero_()
-    state.epoch, state.step_in_epoch = state.epoch + 1, 0
+def finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder):
+    """Validation loss and, every --sample-every epochs, the grid and the way to its first picture:
+    all with the EMA weights."""
+    averaged = copy.copy(model)
+    averaged.unet = state.ema
     values, images = {"epoch/loss": state.epoch_losses[-1]}, {}
-    model.unet.eval()
-    with state.ema.applied_to(model.unet):
-        if len(data.val_images):
-            values |= validate(model, data.watched(data.val_loader), ranks, dtype)
-        if args.sample_every and (state.epoch % args.sample_every == 0 or state.epoch == args.epochs):
-            steps = min(30, model.schedule.num_train_timesteps)
-            how = dict(guidance_scale=args.sample_guidance, steps=steps, dtype=dtype)
-            images["grid"] = make_grid(generate_sharded(model, data.prompts, ranks, **how), data.prompts)
-            if ranks.is_main:
-                images["denoising"] = make_strip(model, data.prompts[0], **how)
-    model.unet.train()
-    data.check_images(ranks)
-    if writer:
-        with tolerate_disk_faults("curves and samples", writer):
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, state.epoch)
-            for name, image in images.items():
-                writer.add_image(f"samples/{name}", np.asarray(image), state.epoch, dataformats="HWC")
-            if images:
-                images["grid"].save(folder / f"samples_epoch{state.epoch:04d}.png")
-            writer.flush()
-        text = ", ".join(f"{tag[6:].replace('_', ' ')} {value:.5f}" for tag, value in values.items() if tag.startswith("epoch/"))
-        tqdm.write(f"epoch {state.epoch}: {text}")
+    if len(val_loader.dataset.images):
+        values |= validate(averaged, val_loader, unreadable, dtype)
+    if args.sample_every and (state.epoch % args.sample_every == 0 or state.epoch == args.epochs):
+        how = dict(guidance_scale=args.sample_guidance, dtype=dtype,
+                   steps=min(30, model.schedule.num_train_timesteps))
+        images["grid"] = make_grid(generate_sharded(averaged, prompts, **how), prompts)
+        if writer:
+            images["denoising"] = make_strip(averaged, prompts[0], **how)
+    unreadable.check()
+    if not writer:
+        return
+    said = [f"{tag[6:].replace('_', ' ')} {value:.5f}" for tag, value in values.items()
+            if tag.startswith("epoch/")]
+    tqdm.write(f"epoch {state.epoch}: {', '.join(said)}")
+    values["epoch/peak_gib"] = peak_gib(model.device)
+    with tolerate_disk_faults("curves and samples", writer):
+        for tag, value in values.items():
+            writer.add_scalar(tag, value, state.epoch)
+        for name, image in images.items():
+            writer.add_image(f"samples/{name}", np.asarray(image), state.epoch, dataformats="HWC")
+        if images:
+            images["grid"].save(folder / f"samples_epoch{state.epoch:04d}.png")
+        writer.flush()
 
 
+@give_signals_back()
 def main(argv=None):
-    """Train as the command line says, or in Python as the list `argv` does; returns the run folder."""
+    """Train as the command line says, or in Python as the list `argv`; returns the run folder."""
     args, config, payload, checkpoint_path = parse_args(argv)
     deadline = stop_time(args.time_limit)
-    ranks = setup_ranks(args.device)
-    dtype = amp_dtype(args.amp, ranks.device)
-    if len(set(ranks.gather(str(dtype)))) > 1:
-        raise ValueError(f"--amp {args.amp}: means bfloat16 on some of these GPUs and float16 on others; add --amp fp16, or ask "
-                         "for GPUs of one kind")
-    data = TrainingData(args, config, ranks)
+    device = data.setup_processes(args.device)
+    dtype = data.amp_dtype(args.amp, device)
+    is_main = dist.get_rank() == 0
+
+    # Data first: a mistake there shows before the networks are loaded.
+    source = data.open_source(args.data, config.resolution, args.caption_template,
+                              args.max_bad_images)
+    train_images, val_images = data.split_images(len(source), args.val_fraction)
+    order = data.GlobalOrder(train_images, args.batch_size, args.accumulation, args.seed)
+    shown = (val_images if len(val_images) else train_images)[:16]
+    prompts = args.sample_prompts or [source.captions(i)[0] for i in shown]
+
+    # The frozen networks, and the UNet that is trained: the same first weights on every rank.
     torch.manual_seed(args.seed)
-    model = models.Model(config, ranks.device)
+    model = Model(config, device)
     if args.init_unet and not payload:
         models.load_unet_weights(model.unet, args.init_unet)
-    if args.cache_latents is not None and not args.preflight:
-        data.cache_latents(args, model, ranks, models.write_atomically)
-    data.make_loaders(args, model, ranks)
-    net = prepare_network(args, model.unet, ranks)
-    state = TrainingState(model.unet, args, ranks.device, dtype)
+    model.text_encoder.remember(source.texts)
+
+    # What training changes, and so what a checkpoint holds.
+    state = TrainingState(model.unet, args, device, dtype)
     if payload:
-        if payload["train_images"] != len(data.train_images):
-            raise ValueError(f"--data {args.data}: has {len(data.train_images)} training images, the run was started with "
-                             f"{payload['train_images']}; restore the data, or start a new run without --resume")
-        if ranks.is_main and payload.get("data", data.source.fingerprint) != data.source.fingerprint:
-            warnings.warn(f"--data {args.data}: its names or captions have changed since the run was started, so what follows is "
-                          "not the run that it would have been", stacklevel=1)
-        state.restore(payload, ranks.is_main)
-        if ranks.is_main and payload["processes"] != ranks.world_size:
-            print(f"{payload['processes']} processes up to step {state.step}, {ranks.world_size} from here: the same samples and "
-                  "noise, weights equal up to rounding; bit for bit only with the same number")
-        payload = None   # as large as the model, Adam's moments and EMA together
-    state.check_ranks(ranks)
+        state.restore(payload, args, source, train_images)
+        payload = None   # as large as weights, moments and averages together
+    state.check_ranks()
+    net = prepare_network(args, model.unet, device)
 
-    if args.preflight:
-        from slurm.preflight import preflight  # of use on clusters alone, and so kept with what is
-        return preflight(args, ranks, model, net, state, data, dtype, deadline)
+    # Samples: captions as text with pixels or, from the cache, latents.
+    loader, val_loader = make_loaders(args, model, source, order, train_images, val_images)
+    unreadable = UnreadableImages(source, args.max_bad_images)
 
-    folder = make_run_folder(args, checkpoint_path, ranks)
-    # What the checkpoint says of the run; where it is, how it was started and when to pause are not part of that.
-    record = {name: value for name, value in vars(args).items()
-              if name not in ("resume", "folder", "max_steps", "time_limit", "preflight")}
-    writer, stop_file = None, folder / "stop"
-    if ranks.is_main:
-        lock = take_over(folder)   # noqa: F841, held until the process ends
-        # A disk fault in TensorBoard's thread reaches its next caller, so the thread itself need not say it.
-        threading.excepthook = lambda died: issubclass(died.exc_type, OSError) or threading.__excepthook__(died)
-        stop_file.unlink(missing_ok=True)
-        writer = SummaryWriter(folder, purge_step=state.step + 1 if checkpoint_path else None)
-        text = json.dumps(dict(model=config.to_dict(), args=record), indent=1)
-        models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
-        writer.add_text("config", "    " + text.replace("\n", "\n    "), state.step)
-    print_startup_table(args, model, data, ranks, folder, dtype)
+    # The run folder. Where it is and when to pause are not part of what the checkpoint says.
+    folder = make_run_folder(args, checkpoint_path)
+    record = dict(config=asdict(config), train_images=len(train_images),
+                  fingerprint=source.fingerprint, args={
+                      name: value for name, value in vars(args).items()
+                      if name not in ("resume", "folder", "max_steps", "time_limit")})
+    writer = open_run_folder(folder, record, state.step) if is_main else None
+    print_start(args, model, order, (len(train_images), len(val_images)), folder, dtype)
 
-    log, stopped = StepLog(writer, ranks, args.batch_size), args.max_steps is not None and state.step >= args.max_steps
-    with closing(StopRequest(ranks, stop_file, deadline)) as stop:
-        while state.epoch < args.epochs and not stopped:
-            stopped = train_epoch(args, model, net, state, data, ranks, dtype, log, stop)
-            if state.step_in_epoch == data.batches.steps_per_epoch:
-                finish_epoch(args, model, state, data, ranks, dtype, writer, folder)
-                log.restart()
-            ends = stopped or state.epoch == args.epochs
-            if ends or state.epoch % args.save_every == 0:
-                state.save(folder, ranks, (args.keep_last, args.keep_every), tries=7 if ends else 1, config=config.to_dict(),
-                           args=record, train_images=len(data.train_images), data=data.source.fingerprint)
-    if writer:
-        with tolerate_disk_faults("curves"):
-            writer.close()
-        if state.epoch == args.epochs or state.step == args.max_steps:
-            stop_file.touch()   # tells whoever started this that there is nothing left to go on with
-        if state.epoch == args.epochs:
-            shown = "".join(filter(str.isprintable, data.prompts[0]))   # a caption may hold anything, a shell command too
-            print(f"finished: {folder}")
-            print(f"draw pictures: python sample.py --checkpoint {folder} --prompts {shlex.quote(shown)}")
-        else:
-            print(f"stopped after {state.step} steps; to go on: train.py --resume {folder}")
+    log = StepLog(writer, folder, args.batch_size, state)
+    stop = StopRequest(folder / "stop", deadline, args.max_steps, state.step)
+    while state.epoch < args.epochs and not stop.agreed:
+        order.start_at(state.epoch, state.step_in_epoch)
+        batches = iter(loader)
+        bar = tqdm(total=order.steps_per_epoch, initial=state.step_in_epoch, unit="step",
+                   desc=f"epoch {state.epoch + 1}/{args.epochs}", disable=not is_main,
+                   mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+        while state.step_in_epoch < order.steps_per_epoch and not stop.agreed:
+            # One update: Ho et al. 2020, Algorithm 1, over a global batch in micro-batches.
+            lr = learning_rate(state.step, args.epochs * order.steps_per_epoch, args)
+            state.optimizer.param_groups[0]["lr"] = lr
+            step_loss = torch.zeros((), dtype=torch.float64, device=device)
+            for micro in range(args.accumulation):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                log.data_seconds += time.perf_counter() - waiting
+                unreadable.note(batch)
+                batch = data.to_device(batch, device)
+                # DDP averages gradients over ranks in the last backward pass of an update.
+                net.require_backward_grad_sync = micro == args.accumulation - 1
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    errors = diffusion_loss(net, model, batch, args.min_snr_gamma, args.snr_floor)
+                # Micro-batches are of equal size: the mean of their means is the batch's mean.
+                loss = errors.mean() / args.accumulation
+                # An infinite loss may have finite gradients: make them NaN, and so all ranks skip.
+                loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+                state.scaler.scale(loss).backward()
+                step_loss += loss.detach()
+            state.scaler.unscale_(state.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(state.weights, args.max_grad_norm)
+            state.scaler.step(state.optimizer)   # nothing where a gradient is not finite
+            state.scaler.update(None if state.is_scaled else 1.0)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.count_update(step_loss, norm)
+            update_ema(state.averages, state.weights, state.step, args.ema_decay)
+            bar.update()
+            if state.step % args.log_every == 0 or state.step_in_epoch == order.steps_per_epoch:
+                unreadable.check()
+                bar.set_postfix_str(log.report(state, lr))
+            stop.poll(state.step)
+        bar.close()
+
+        # Saving comes before what may fail: drawing, validation, TensorBoard.
+        if is_whole := state.step_in_epoch == order.steps_per_epoch:
+            state.end_epoch()
+        ends = stop.agreed or state.epoch == args.epochs
+        if ends or state.epoch % args.save_every == 0:
+            state.save(folder, (args.keep_last, args.keep_every), tries=7 if ends else 1, **record)
+        if is_whole:
+            finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder)
+            log.restart(state)
+    if is_main:
+        end_run(args, state, folder, writer, prompts[0])
     return folder
 
 
 if __name__ == "__main__":
-    run_main(main)
+    data.run_main(main)

@@ -1,9 +1,11 @@
-"""Preflight: everything that could go wrong in a week, tried in two minutes; what `train.py --preflight` does.
+"""Preflight: everything that could go wrong in a week, tried in two minutes.
 
-    torchrun --standalone --nproc_per_node=2 train.py --preflight --data flickr8k    # with the flags of the run to come
+    python slurm/preflight.py --data flickr8k          # with the flags of the train.py run to come
+    torchrun --standalone --nproc_per_node=2 slurm/preflight.py --data flickr8k
     sbatch slurm/preflight.sh --data flickr8k
 
-It runs the loop of train.py itself, a few steps of it, and prints a pass or FAIL line for each check.
+It calls train.main for one short epoch in a temporary folder and prints a line with pass or FAIL
+for each check. The folder is removed in the end.
 """
 import math
 import os
@@ -13,139 +15,208 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data import to_unit_range
-from models import load_checkpoint
-from train import StepLog, print_startup_table, train_epoch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import models  # noqa: E402
+import train  # noqa: E402
 
-
-class StepClock:
-    """Takes a StopRequest's place: notes when each update ends, and stops after a few."""
-
-    def __init__(self, device, steps=4):
-        self.device, self.steps, self.ends = device, steps, []
-
-    def poll(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        return len(self.ends) == self.steps
-
-    def seconds_per_step(self):
-        """The median, without the first step, which is slower."""
-        return float(np.median(np.diff(self.ends))) if len(self.ends) > 1 else math.nan
+STEPS = 6   # of the short epoch, logged two by two; the first two are slower and do not count
+FAILED = []
 
 
-class LatentsToCome:
-    """Takes a LatentCache's place, so that steps are measured as they will be once all images are encoded."""
+def report(name, passed, text):
+    """Print a check's line; called by all ranks. The check fails where it fails on any of them."""
+    passed = all(data.gather(bool(passed)))
+    if dist.get_rank() == 0:
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {text}", flush=True)
+    if not passed:
+        FAILED.append(name)
 
-    def __init__(self, latent_shape):
-        self.moments = np.zeros((2, *latent_shape), np.float16)
 
-    def image(self, i, mirror):
-        return self.moments
-
-
-def check_machine(args, ranks):
+def check_machine(args, device):
     """Versions, devices, and how fast the ranks talk to each other."""
-    cuda, smi = ranks.device.type == "cuda", shutil.which("nvidia-smi")
-    driver = subprocess.run([smi, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                            text=True).stdout.split() if smi else []
-    yield "versions", True, (f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA build {torch.version.cuda}, "
-                             f"driver {driver[0] if driver else 'none'}, diffusers {version('diffusers')}, "
-                             f"transformers {version('transformers')}")
-    yield "GPU", cuda or not driver or args.device == "cpu", (
-        torch.cuda.get_device_name(ranks.device) if cuda else
-        "there is one, but torch cannot use it: a CPU build, or one for a newer driver" if driver else "none, so the CPU")
-    mine = f"{os.uname().nodename} {torch.cuda.get_device_properties(ranks.device).uuid}" if cuda else ranks.rank
-    yield "one device per rank", len(set(ranks.gather(mine))) == ranks.world_size, f"{ranks.world_size} ranks"
-    tensor, seconds = torch.ones(2**24, device=ranks.device), math.inf   # 64 MiB
+    is_cuda, smi = device.type == "cuda", shutil.which("nvidia-smi")
+    driver = subprocess.run([smi, "--query-gpu=driver_version", "--format=csv,noheader"], text=True,
+                            capture_output=True).stdout.split() if smi else []
+    report("versions", True,
+           f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA build "
+           f"{torch.version.cuda}, driver {driver[0] if driver else 'none'}, diffusers "
+           f"{version('diffusers')}, transformers {version('transformers')}")
+    if is_cuda:
+        found = torch.cuda.get_device_name(device)
+    elif driver:
+        found = "there is one, but torch cannot use it: a CPU build, or one for a newer driver"
+    else:
+        found = "none, so the CPU"
+    report("GPU", is_cuda or not driver or args.device == "cpu", found)
+
+    ranks, mine = dist.get_world_size(), dist.get_rank()
+    if is_cuda:
+        mine = f"{os.uname().nodename} {torch.cuda.get_device_properties(device).uuid}"
+    report("one device per rank", len(set(data.gather(mine))) == ranks, f"{ranks} ranks")
+
+    tensor, seconds = torch.ones(2**24, device=device), math.inf   # 64 MiB
     for _ in range(3):
         tensor.fill_(1)
         start = time.perf_counter()
-        correct = ranks.sum(tensor)[-1].item() == ranks.world_size
+        dist.all_reduce(tensor)
+        correct = tensor[-1].item() == ranks
         seconds = min(seconds, time.perf_counter() - start)
-    moved = 2 * (ranks.world_size - 1) / ranks.world_size * tensor.nbytes
-    yield "all-reduce", correct, f"{moved / seconds / 1e9:.2f} GB/s" if moved else "nothing to do with one rank"
+    moved = 2 * (ranks - 1) / ranks * tensor.nbytes
+    report("all-reduce", correct, f"{moved / seconds / 1e9:.2f} GB/s" if moved
+           else "nothing to do with one rank")
 
 
-def check_latents(args, model, data, ranks, images):
-    """What encoding all images will take, told from some of them, uint8 (B, 3, H, W)."""
+# What takes the place of the real functions during the short epoch
+
+
+class ShortOrder(data.GlobalOrder):
+    """Epochs of a few steps, whatever the data."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps_per_epoch = min(self.steps_per_epoch, STEPS)
+
+
+class TriedState(train.TrainingState):
+    """Begins at step 0, whatever it resumes, and notes how long saving takes."""
+
+    def restore(self, payload, *args):
+        super().restore(payload | dict(epoch=0, step=0, step_in_epoch=0), *args)
+
+    def save(self, *args, **kwargs):
+        start = time.perf_counter()
+        super().save(*args, **kwargs)
+        TriedState.seconds = time.perf_counter() - start
+
+
+def blank_latents(args, model, source, workers):
+    """Says what encoding all images will take, told from 16 of them, and gives blank latents, so
+    that steps are measured as they will be with the cache."""
+    load, numbers = data.image_loader(source, model.config), np.arange(len(source))
+    images = torch.from_numpy(np.stack(
+        [data.first_readable(load, numbers, i)[1]["image"] for i in numbers[:16]]))
     for _ in range(2):   # the first is slower
         start = time.perf_counter()
-        finite = all(moments.isfinite().all().item() for moments in model.codec.moments(to_unit_range(images)))
+        moments = model.codec.moments(data.to_unit_range(images.to(model.device)))
+        is_finite = all(part.isfinite().all().item() for part in moments)
         seconds = (time.perf_counter() - start) / len(images)
-    views = len(data.source) * (1 + args.flip)
-    size, hours = views * data.loader.dataset.latents.moments.nbytes, views * seconds / ranks.world_size / 3600
+    blank = np.zeros((2, *model.codec.latent_shape), np.float16)
+    views = len(source) * (1 + args.flip)
+    size, hours = views * blank.nbytes, views * seconds / dist.get_world_size() / 3600
     folder = Path(args.cache_latents or Path(args.data).parent).absolute()
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-    yield "latent cache", finite and free > size, (f"{size / 2**30:.3g} GiB, {free / 2**30:.1f} GiB are free; made once, in "
-                                                   f"{hours:.2f} h, unless it is there already")
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    report("latent cache", is_finite and free > size,
+           f"{size / 2**30:.3g} GiB, {free / 2**30:.1f} GiB are free; made once, in {hours:.2f} h, "
+           "unless it is there already")
+    return lambda i, place=None, mirror=False: dict(moments=blank)
 
 
-def check_training(args, model, net, state, data, ranks, dtype, deadline):
-    """A few real steps, a checkpoint, and what the whole run will take of time and disk."""
-    start, batches = time.perf_counter(), 0
-    for batches, _ in enumerate(islice(data.loader, 4), start=1):
-        pass
-    loading = batches / args.accumulation * args.batch_size / (time.perf_counter() - start)
-    yield "data", True, f"loads {loading:.0f} images/s"
+def timed_loader(samples, order, device, workers, make_loader=data.make_loader):
+    """Says how many images the loader processes of all ranks can load, told from 16 of them."""
+    if not samples.validation:
+        keys = [(0, position, int(i)) for position, i in enumerate(samples.images[:16])]
+        samples[keys[0]]   # the first is slower
+        start = time.perf_counter()
+        for key in keys:
+            samples[key]
+        seconds = (time.perf_counter() - start) / len(keys)
+        processes = dist.get_world_size() * max(1, workers)
+        report("data", True, f"about {processes / seconds:.0f} images/s can be loaded by "
+                             f"{processes} processes")
+    return make_loader(samples, order, device, workers)
 
-    clock = StepClock(ranks.device)
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    train_epoch(args, model, net, state, data, ranks, dtype, StepLog(None, ranks, args.batch_size), clock)
-    seconds = clock.seconds_per_step()
-    memory = ""
-    if ranks.device.type == "cuda":
-        memory = (f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} of "
-                  f"{torch.cuda.get_device_properties(ranks.device).total_memory / 2**30:.1f} GiB")
-    finite = all(p.isfinite().all() for p in model.unet.parameters())
-    yield "steps", finite, f"{seconds:.3f} s at batch {args.batch_size}, {args.batch_size / seconds:.0f} images/s{memory}"
 
-    Path(args.runs).mkdir(parents=True, exist_ok=True)
-    folder = Path(ranks.gather(tempfile.mkdtemp(prefix=".preflight_", dir=args.runs) if ranks.is_main else None)[0])
+def check_training(args, argv, device, steps_before):
+    """A short epoch of the real loop, and what the whole run will take of memory, disk and time."""
+    # Everything is train.py's own, but for these.
+    validation_order = data.validation_order
+    data.validation_order = lambda *args: validation_order(*args)[:2]
+    data.GlobalOrder, data.make_loader = ShortOrder, timed_loader
+    train.TrainingState, train.latent_loader = TriedState, blank_latents
+    train.take_over = lambda folder: None   # NFS cannot remove a folder with an open file
+    train.end_run = lambda args, state, folder, writer, prompt: writer.close()
+    is_main, folder = dist.get_rank() == 0, None
+    if is_main:
+        Path(args.runs).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=".preflight_", dir=args.runs)
+    folder = Path(data.gather(folder)[0])
+    try:   # of flags that are given twice, the last counts
+        train.main([*argv, "--folder", str(folder), "--max-steps", str(STEPS), "--log-every", "2",
+                    "--time-limit", "inf", "--sample-every", str(min(1, args.sample_every))])
+        checks = list(what_it_left(args, folder, device, steps_before)) if is_main else None
+        for check in data.gather(checks)[0]:
+            report(*check)
+    finally:
+        if is_main:
+            shutil.rmtree(folder)
+
+
+def what_it_left(args, folder, device, steps_before):
+    """(name, passed, text) of what the short epoch's curves and checkpoint tell."""
     start = time.perf_counter()
-    state.save(folder, ranks, config=model.config.to_dict())
-    saving, start = time.perf_counter() - start, time.perf_counter()
-    payload, path = load_checkpoint(folder)
-    loading, size = time.perf_counter() - start, path.stat().st_size
-    same = all(torch.equal(value, payload["unet"][name].to(value.device)) for name, value in model.unet.state_dict().items())
-    free = shutil.disk_usage(folder).free
-    ranks.gather(None)
-    if ranks.is_main:
-        shutil.rmtree(folder)
-    yield "checkpoint", same, f"{size / 2**30:.3f} GiB, written in {saving:.1f} s, read again in {loading:.1f} s"
+    payload, path = models.load_checkpoint(folder)
+    reading, saving = time.perf_counter() - start, TriedState.seconds
+    steps_per_epoch = payload["train_images"] // args.batch_size
+    events = EventAccumulator(str(folder)).Reload()
+    if "epoch/peak_gib" not in events.Tags()["scalars"]:
+        raise ValueError("preflight: stopped before the end of the short epoch")
 
-    saves, marked = args.epochs // args.save_every, args.epochs // args.keep_every if args.keep_every else 0
-    kept = min(saves, args.keep_last + 1 + marked)
-    yield "disk", free > kept * size, f"{kept} checkpoints take {kept * size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-    steps = args.epochs * data.batches.steps_per_epoch - state.step
-    total, left = (steps * seconds + saves * saving) / 3600, (deadline - time.time()) / 3600
-    limit = "no time limit is known" if left == math.inf else f"{math.ceil(total / left)} x the time limit of {left:.1f} h"
-    yield "time", saving < 150, f"{steps} steps take {total:.2f} h beside validation and samples: {limit}"
+    def logged(tag):   # the first epoch's values, also where it has fewer steps
+        return [event.value for event in events.Scalars(tag)
+                if event.step <= min(STEPS, steps_per_epoch)]
+
+    speed = np.median(logged("speed/images_per_second")[-2:])
+    seconds = args.batch_size / speed
+    # The last alone: in float16 the first updates may be skipped, until the scale fits.
+    yield "steps", math.isfinite(logged("train/loss")[-1]), (
+        f"{seconds:.3f} s at batch {args.batch_size}, {speed:.0f} images/s")
+
+    in_step, at_end = logged("memory/peak_gib")[-1], logged("epoch/peak_gib")[0]
+    total, text = math.inf, f"peak {in_step:.1f} GiB in a step, {at_end:.1f} at an epoch's end"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        text += f", of {total:.1f}"
+    yield "memory", at_end < 0.95 * total, text
+
+    # At its time limit a run has five minutes to save.
+    is_finite = all(weight.isfinite().all() for weight in payload["unet"].values())
+    size = path.stat().st_size
+    yield "checkpoint", is_finite and saving < 150, (
+        f"{size / 2**30:.3f} GiB, written in {saving:.1f} s, read again in {reading:.1f} s")
+
+    saves = math.ceil(args.epochs / args.save_every)
+    marked = args.epochs // args.keep_every if args.keep_every else 0
+    kept, free = min(saves, args.keep_last + 1 + marked), shutil.disk_usage(folder).free
+    yield "disk", free > kept * size, (f"{kept} checkpoints take {kept * size / 2**30:.1f} GiB, "
+                                       f"{free / 2**30:.1f} GiB are free")
+
+    steps = args.epochs * steps_per_epoch - steps_before
+    hours = (steps * seconds + saves * saving) / 3600
+    left = (train.stop_time(args.time_limit) - time.time()) / 3600
+    limit = ("no time limit is known" if left == math.inf
+             else f"{math.ceil(hours / left)} x the time limit of {left:.1f} h")
+    yield "time", True, f"{steps} steps take {hours:.2f} h beside validation and samples: {limit}"
 
 
-def preflight(args, ranks, model, net, state, data, dtype, deadline):
-    """Print a pass or FAIL line for each check. Raises: ValueError where one failed."""
-    failed, checks = [], [check_machine(args, ranks)]
-    if args.cache_latents is not None:
-        samples = data.loader.dataset
-        images = samples.__getitems__([(0, k, int(i)) for k, i in enumerate(data.train_images[:16])])["images"]
-        checks.append(check_latents(args, model, data, ranks, images.to(ranks.device)))
-        samples.latents = LatentsToCome(model.codec.latent_shape)
-    checks.append(check_training(args, model, net, state, data, ranks, dtype, deadline))
-    print_startup_table(args, model, data, ranks, "none yet", dtype)
-    for name, passed, text in chain(*checks):
-        passed = all(ranks.gather(passed))
-        if ranks.is_main:
-            print(f"{'pass' if passed else 'FAIL'}  {name}: {text}", flush=True)
-        if not passed:
-            failed.append(name)
-    if failed:
-        raise ValueError(f"--preflight: {', '.join(failed)} failed")
+def main():
+    """Raises: ValueError where a check failed."""
+    argv = sys.argv[1:]
+    args, _, payload, checkpoint = train.parse_args(argv)
+    device = data.setup_processes(args.device)
+    check_machine(args, device)
+    resume = ["--resume", str(checkpoint)] if payload else []
+    check_training(args, argv + resume, device, payload["step"] if payload else 0)
+    if FAILED:
+        raise ValueError(f"preflight: {', '.join(FAILED)} failed")
+
+
+if __name__ == "__main__":
+    data.run_main(main)

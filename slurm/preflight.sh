@@ -14,4 +14,4 @@ set -euo pipefail
 source slurm/common.sh
 
 hours=$(sed -n 's/^#SBATCH --time=\([0-9]*\):.*/\1/p' slurm/train.sh)   # what the run will have, unless told by --time-limit
-launch train.py --preflight --time-limit "$((60 * hours - 5))" "$@"
+launch slurm/preflight.py --time-limit "$((60 * hours - 5))" "$@"

@@ -1,4 +1,4 @@
-"""Runs the project's scripts in processes forked from one that has the big libraries loaded, which saves five seconds a start."""
+"""Runs scripts in processes forked from one that has the libraries loaded: five seconds a start."""
 import multiprocessing.forkserver
 import os
 import runpy
@@ -14,29 +14,32 @@ import torch.utils.tensorboard  # noqa: F401
 
 import tiny_networks  # noqa: F401
 
+HERE = str(Path(__file__).parent)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])
 STARTING = threading.Lock()
-torch.backends.cudnn.deterministic = True   # in the scripts too, whose weights are compared bit for bit
+torch.backends.cudnn.deterministic = True   # weights are compared bit for bit
 
 
 def run(command, cwd, env, timeout):
     """What subprocess.run gives for `python *command`, with its output captured as text."""
     with STARTING:
         before = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)   # where the server, once started, finds this module
+        os.environ["PYTHONPATH"] = HERE   # where the server, once started, finds this module
         multiprocessing.forkserver.ensure_running()
         os.environ["PYTHONPATH"] = before
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = SERVER.Process(target=become, args=(command, str(cwd or os.getcwd()), env, outputs))
+        args = command, str(cwd or os.getcwd()), env, outputs
+        process = SERVER.Process(target=become, args=args)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+        texts = [path.read_text() for path in outputs]
+        return subprocess.CompletedProcess(command, process.exitcode, *texts)
 
 
 def become(command, cwd, env, outputs):
@@ -47,5 +50,5 @@ def become(command, cwd, env, outputs):
     os.environ.clear()
     os.environ.update(env)
     sys.argv = list(command)
-    sys.path[:] = [str(Path(command[0]).parent), *(place for place in sys.path if place != str(Path(__file__).parent))]
+    sys.path[:] = [str(Path(command[0]).parent), *(p for p in sys.path if p != HERE)]
     runpy.run_path(command[0], run_name="__main__")

@@ -1,224 +1,180 @@
-"""The latent cache: the same training as without, whoever encoded what and when; and captions encoded once."""
+"""The latent cache: the same training as without, whoever encoded what and when."""
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT, launch, run_ok, train_run
-from data import LatentCache, Pictures, Ranks, UnreadableImage, open_source, to_unit_range
+from conftest import TINY, Job, errors, launch, make_pictures, run_ok, scalars, train_run
+from data import cache_latents, open_source, to_unit_range
 from models import ImageCodec, ModelConfig, TextEncoder, write_atomically
 from tiny_networks import make_vae
 
-ALONE = Ranks(0, 0, 1, 1, torch.device("cpu"))
-
 
 @pytest.fixture
-def data(tmp_path):
+def pictures(tmp_path):
     """40 noisy pictures in a folder of their own; the cache lies beside it."""
-    folder, rng = tmp_path / "data" / "pictures", np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for i in range(40):
-        Image.fromarray(rng.integers(0, 256, (16, 18, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
-    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i:03d}.png,number {i}\n" for i in range(40)))
-    return folder
+    return make_pictures(tmp_path / "data" / "set", 40, 1, sides=(16, 18), suffix="png", prefix="",
+                         table="metadata.csv")
 
 
 @pytest.fixture
-def flags(data, clip, vae):
-    return ["--data", data, "--text-encoder", clip, "--vae", vae, "--preset", "tiny", "--pixel-unshuffle", 1, "--resolution", 16,
-            "--batch-size", 8, "--val-fraction", 0.2, "--sample-every", 0, "--log-every", 1, "--workers", 0, "--device", "cpu"]
+def flags(pictures, clip, vae):
+    return ["--data", pictures, "--text-encoder", clip, "--vae", vae, "--preset", "tiny", *TINY,
+            "--pixel-unshuffle", 1, "--batch-size", 8, "--val-fraction", 0.2, "--workers", 0]
 
 
-def caches(data):
-    return sorted(data.parent.glob("latents_*"))
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+def files(pictures):
+    """{path of a file in a cache beside the data: its bytes}."""
+    found = sorted(pictures.parent.glob("latents_*/*"))
+    return {path: path.read_bytes() for path in found}
 
 
 def losses(run):
-    events = EventAccumulator(str(run)).Reload()
-    return [[event.value for event in events.Scalars(tag)] for tag in ("train/loss", "epoch/validation_loss")]
+    return [*scalars(run, "train/loss").values(), *scalars(run, "epoch/validation_loss").values()]
 
 
-def test_moments_are_the_codec_s(data, vae, tmp_path):
-    """What the cache holds of an image and of its mirror image is the VAE's mean and standard deviation, rounded to float16."""
+def test_moments_are_the_codec_s(pictures, vae, tmp_path):
+    """What the cache holds of an image and of its mirror image is the VAE's mean and standard
+    deviation, rounded to float16."""
     config = ModelConfig(vae=vae, resolution=16)
-    codec, source = ImageCodec(config), open_source(data, config)
-    pictures = Pictures(len(source), lambda i: source.image(i, 3, 16), source.content)
-    cache = LatentCache(tmp_path, 40, 2, codec.latent_shape)
-    cache.build(pictures, lambda images: codec.moments(to_unit_range(images)), write_atomically, ALONE)
+    codec, source = ImageCodec(config), open_source(pictures, 16)
+    load = cache_latents(tmp_path, source, config, codec.latent_shape,
+                         lambda images: codec.moments(to_unit_range(images)), write_atomically,
+                         flip=True)
     assert len(list(tmp_path.glob("*.npy"))) == 3
-    for i in (0, 17, 39):
-        image = torch.from_numpy(np.array(source.image(i, 3, 16))).permute(2, 0, 1)[None].float() / 127.5 - 1
-        for mirror in (False, True):
-            posterior = codec.vae.encode(image.flip(3) if mirror else image).latent_dist
-            expected = torch.cat([posterior.mean, posterior.std]) * 0.7      # the VAE folder's scaling factor
-            torch.testing.assert_close(torch.tensor(cache.image(i, mirror)).float(), expected, rtol=1e-3, atol=1e-4)
+    for i, mirror in np.ndindex(40, 2):
+        pixels = np.array(source.image(i, 3, 16)).transpose(2, 0, 1)[None]
+        image = torch.from_numpy(pixels) / 127.5 - 1
+        posterior = codec.vae.encode(image.flip(3) if mirror else image).latent_dist
+        # 0.7 is the VAE folder's scaling factor.
+        expected = torch.cat([posterior.mean, posterior.std]) * 0.7
+        moments = load(i, (0.5, 0.5), bool(mirror))["moments"]
+        assert moments.dtype == np.float16
+        np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_cached_training_equals_uncached(flags, data, tmp_path):
-    """With flips, posterior draws and caption dropout, the losses of a cached run are those of an uncached one to the rounding of
-    float16; two processes make the same files as one, to that rounding."""
-    plain = losses(train_run(tmp_path, *flags, "--flip", "--epochs", 3))
-    cached = losses(train_run(tmp_path, *flags, "--flip", "--epochs", 3, "--cache-latents", "--name", "cached"))
-    assert len(plain[0]) == 12 and len(plain[1]) == 3
-    for ours, theirs in zip(cached, plain):
-        assert ours == pytest.approx(theirs, rel=2e-3)
-    here, = caches(data)
-    train_run(tmp_path, *flags, "--flip", "--max-steps", 1, "--cache-latents", tmp_path / "elsewhere", processes=2)
-    there, = (tmp_path / "elsewhere").iterdir()
-    assert there.name == here.name and contents(there).keys() == contents(here).keys()
-    for path in here.iterdir():
-        np.testing.assert_allclose(np.load(there / path.name), np.load(path), rtol=2e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_cache_depends_on_what_it_is_made_of(flags, data, tmp_path):
-    """New captions, names and dates find the cache; another picture, resolution, VAE or flipping makes another; damaged files and
-    pickles are encoded again, and nothing in them is executed."""
-    def train(*more):
-        return run_ok("train.py", *flags, "--max-steps", 1, "--runs", tmp_path / "runs", "--cache-latents", *more).stderr
-
-    assert "caching latents" in train()
-    first, = caches(data)
-    whole = contents(first)
-    for i in range(40):
-        (data / f"{i:03d}.png").rename(data / f"renamed{i:03d}.png")
-    (data / "metadata.csv").write_text("file_name,text\n" + "".join(f"renamed{i:03d}.png,other words\n" for i in range(40)))
-    assert "caching latents" not in train() and caches(data) == [first]
-
-    name, other = sorted(whole)[:2]
-    (first / name).write_bytes(whole[name][:1000])
-    np.save(first / other, np.array([Trap(str(tmp_path / "sprung"))], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError):
-        np.load(first / other)
-    assert "damaged" in train() and contents(first) == whole and not (tmp_path / "sprung").exists()
-    assert not np.load(first / other, allow_pickle=False).dtype.hasobject
-
-    Image.new("RGB", (16, 16)).save(data / "renamed007.png")
-    train()
-    train("--flip")
-    train("--resolution", "20")
-    train("--vae", make_vae(tmp_path / "vae", scaling_factor=0.5))
-    assert len(caches(data)) == 5
-
-
-@pytest.mark.slow
-def test_preflight_says_what_the_cache_will_take(flags, data, tmp_path):
-    """The preflight of a cached run tells the cache's size and time, measures steps without encoding, and makes no cache."""
-    done = run_ok("train.py", *flags, "--flip", "--preflight", "--runs", tmp_path / "runs", "--cache-latents")
-    size, = re.findall(r"pass  latent cache: (\S+) GiB", done.stdout)
-    assert float(size) == pytest.approx(40 * 2 * 2 * 4 * 8 * 8 * 2 / 2**30, rel=0.01) and "pass  steps" in done.stdout
-    assert not caches(data)
-
-
-@pytest.mark.slow
-def test_unreadable_pictures(flags, data, tmp_path):
-    """A picture that cannot be read is replaced by the same one as without the cache, and counted."""
-    (data / "003.png").write_bytes(b"no picture")
-    more = ["--max-bad-images", 0.05, "--epochs", 2, "--runs", tmp_path]
-    plain = run_ok("train.py", *flags, *more, "--name", "plain")
-    cached = run_ok("train.py", *flags, *more, "--cache-latents", "--name", "cached")
-    assert "1 of 40 images replaced" in plain.stderr and "1 of 40 images replaced" in cached.stderr
-    ours, theirs = (losses(next(tmp_path.glob(f"run_*_{name}"))) for name in ("plain", "cached"))
-    assert ours[0] == pytest.approx(theirs[0], rel=2e-3)
+def test_cached_training_equals_uncached(flags, pictures, tmp_path):
+    """With flips, posterior draws, caption dropout and a picture that cannot be read, the losses of
+    a cached run are those of an uncached one to the rounding of float16; two processes make the
+    same files as one, to that rounding."""
+    (pictures / "003.png").write_bytes(b"no picture")
+    flags += ["--flip", "--max-bad-images", 0.05, "--runs", tmp_path]
+    runs = {}
+    for name, *more in (("plain", "--epochs", 3), ("cached", "--epochs", 3, "--cache-latents")):
+        done = run_ok("train.py", *flags, "--name", name, *more)
+        assert re.search("^warning: 1 of 40 images .*: '003.png'$", done.stderr, re.M)
+        runs[name], = tmp_path.glob(f"run_*_{name}")
+    assert len(losses(runs["plain"])) == 12 + 3
+    assert losses(runs["cached"]) == pytest.approx(losses(runs["plain"]), rel=2e-3)
+    train_run(tmp_path, *flags, "--max-steps", 1, "--cache-latents", tmp_path / "two", processes=2)
+    here, there = files(pictures), sorted((tmp_path / "two").glob("*/*"))
+    assert [path.relative_to(tmp_path / "two") for path in there] == [
+        path.relative_to(pictures.parent) for path in here]
+    for one, two in zip(here, there):
+        np.testing.assert_allclose(np.load(two), np.load(one), rtol=2e-3, atol=1e-4)
 
 
 class Trap:
-    """Unpickling one writes a file."""
-
-    def __init__(self, path):
-        self.path = path
+    """Unpickling one makes the folder `sprung`."""
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, ("sprung",)
 
 
 @pytest.mark.slow
-def test_a_killed_cache_is_continued_and_shared(flags, data, tmp_path):
-    """Killed while encoding, a job leaves whole files only; two jobs that start together then finish the rest."""
-    for i in range(40, 2000):
-        shutil.copy(data / f"{i % 40:03d}.png", data / f"{i:03d}.png")
-    (data / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i:03d}.png,a\n" for i in range(2000)))
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--max-steps", "1", "--runs", str(tmp_path),
-               "--cache-latents"]
+def test_the_cache_depends_on_what_it_is_made_of(flags, pictures, tmp_path):
+    """New captions, names and dates find the cache; another picture, resolution, VAE or flipping
+    makes another; damaged files and pickles are encoded again, and nothing in them is executed."""
+    def train(*more):
+        return run_ok("train.py", *flags, "--max-steps", 1, "--runs", tmp_path, "--cache-latents",
+                      *more, cwd=tmp_path).stderr
 
-    def files():
-        return sorted(path for folder in caches(data) for path in folder.glob("latents_*.npy"))
+    assert "caching latents" in train()
+    whole = files(pictures)
+    for path in pictures.glob("*.png"):
+        path.rename(pictures / f"new{path.name}")
+    lines = (pictures / "metadata.csv").read_text().splitlines()[1:]
+    renamed = [f"new{line[:7]},other words\n" for line in lines]
+    (pictures / "metadata.csv").write_text("file_name,text\n" + "".join(renamed))
+    assert "caching latents" not in train() and files(pictures) == whole
 
-    def start():
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    cut, pickled, _ = whole
+    cut.write_bytes(whole[cut][:1000])
+    np.save(pickled, np.array([Trap()], dtype=object), allow_pickle=True)
+    said = train()
+    assert len(re.findall(r"^warning: .*\.npy: damaged \(.*\); encoded again$", said, re.M)) == 2
+    assert files(pictures) == whole and not (tmp_path / "sprung").exists()
 
-    first, until = start(), time.monotonic() + 120
-    while len(files()) < 5 and first.poll() is None and time.monotonic() < until:
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    done = {path: path.stat().st_mtime_ns for path in files()}
-    assert 5 <= len(done) < 65 and all(np.load(path).shape[1:] == (1, 2, 4, 8, 8) for path in done)
-    for job in [start(), start()]:
-        try:
-            assert "caching latents" in job.communicate(timeout=200)[1] and job.returncode == 0
-        finally:
-            job.kill()
-    assert len(files()) == 65 and all(path.stat().st_mtime_ns == at for path, at in done.items())
-    again = LatentCache(files()[0].parent, 2000, 1, (4, 8, 8))
-    assert all(again.open(k) for k in range(65))
-    third, copy_of_third, fourth = (again.image(i, False) for i in (3, 43, 4))
-    assert np.array_equal(third, copy_of_third) and not np.array_equal(third, fourth)
+    Image.new("RGB", (16, 16)).save(pictures / "new007.png")
+    vae = make_vae(tmp_path / "vae", scaling_factor=0.5)
+    for more in ([], ["--flip"], ["--resolution", 20], ["--vae", vae]):
+        before = files(pictures)
+        train(*more)
+        assert len(files(pictures)) == len(before) + 3 and before.items() <= files(pictures).items()
 
 
 @pytest.mark.slow
-def test_mistakes(flags, data, tmp_path):
-    """Nothing to cache, random crops, a VAE that makes NaN and a folder that cannot be written to each end in one line."""
+def test_a_killed_cache_is_continued(flags, pictures, tmp_path):
+    """Killed while encoding, a job leaves whole files only; two jobs that start together then keep
+    these, and finish the rest without harm to each other."""
+    rows = [f"{i:04d}.png,a\n" for i in range(1000)]
+    for i, row in enumerate(rows):
+        shutil.copy(pictures / f"{i % 40:03d}.png", pictures / row[:8])
+    (pictures / "metadata.csv").write_text("file_name,text\n" + "".join(rows))
+    flags += ["--max-steps", 1, "--runs", tmp_path, "--cache-latents"]
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    with Job(folders[0], *flags, processes=1) as first:
+        first.until(lambda: len(list(pictures.parent.glob("latents_*/latents_*.npy"))) >= 5)
+    done = {path: path.stat().st_mtime_ns for path in files(pictures) if path.suffix == ".npy"}
+    assert 5 <= len(done) < 63 and all(np.load(path).shape[1:] == (1, 2, 4, 8, 8) for path in done)
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(Job(folder, *flags, processes=1)) for folder in folders[1:]]
+        for job in jobs:
+            assert job.process.wait(200) == 0 and "caching latents" in job.text(), job.text()
+    made = [path for path in files(pictures) if path.suffix == ".npy"]
+    assert len(made) == 63 and all(path.stat().st_mtime_ns == at for path, at in done.items())
+    latents = np.concatenate([np.load(path) for path in made])
+    np.testing.assert_allclose(latents, latents[np.arange(1000) % 40], rtol=2e-3, atol=1e-4)
+    assert len(np.unique(latents[:40], axis=0)) == 40
+
+
+@pytest.mark.slow
+def test_mistakes(flags, tmp_path):
+    """Nothing to cache, random crops, a VAE that makes NaN and a folder that cannot be written to
+    each end in one line."""
     broken = make_vae(tmp_path / "broken", scaling_factor=float("inf"))
     (tmp_path / "file").write_text("")
-    for more, message in ((["--vae", "none"], "--cache-latents: --vae none has no latents"),
-                          (["--random-crop"], "--cache-latents: with --random-crop"),
-                          (["--vae", broken], "--cache-latents: image .* has latents that are not finite"),
-                          (["--cache-latents", tmp_path / "file"], "Not a directory|File exists")):
+    for more, message in (
+            (["--vae", "none"], "--cache-latents.*: --vae none has no latents to cache.*"),
+            (["--random-crop"], "--cache-latents.*: with --random-crop every visit has other.*"),
+            (["--vae", broken], r"--cache-latents.*: image \d+\b.* not finite.*"),
+            (["--cache-latents", tmp_path / "file"], ".*Not a directory.*")):
         done = launch("train.py", *flags, "--runs", tmp_path / "runs", "--cache-latents", *more)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2 and len(errors) == 1, done.stderr
-        assert re.search(message, errors[0]), errors
+        line, = errors(done.stderr)
+        assert done.returncode == 2 and re.fullmatch(f"error: {message}", line), done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_captions_encoded_once(clip):
-    """Remembered captions get row numbers whose features are the encoder's own; one other caption in a batch, and all go through
-    the encoder."""
-    encoder = TextEncoder(ModelConfig(text_encoder=clip, token_length=20))
-    captions = [f"a dog, number {i}" for i in range(5)] + [""]
-    alone = [encoder(encoder.tokenize([caption])) for caption in captions]
-    encoder.remember(captions, batch_size=4)
-    numbers = encoder.tokenize(["", captions[3]])
-    assert numbers.tolist() == [5, 3]
-    torch.testing.assert_close(encoder(numbers), torch.cat([alone[5], alone[3]]))
-    tokens = encoder.tokenize([captions[3], "a cat"])
-    assert tokens.shape == (2, 20)
-    torch.testing.assert_close(encoder(tokens)[:1], alone[3])
-
-
-def test_a_batch_may_hold_no_readable_picture():
-    """Where all pictures of a batch are unreadable it is empty, not an error."""
-    def image(i):
-        if i != 3:
-            raise UnreadableImage("on purpose")
-        return np.full((4, 4), 7, np.uint8)
-
-    pictures = Pictures(4, image, None)
-    assert pictures.__getitems__([0, 1, 2])[0] == []
-    readable, images = pictures.__getitems__([2, 3])
-    assert readable == [3] and images.shape == (1, 1, 4, 4) and (images == 7).all()
+    """Remembered captions, and the empty one, get the encoder's own features without it; with one
+    other caption in a batch all go through the encoder; too many are not remembered."""
+    encoder, calls = TextEncoder(ModelConfig(text_encoder=clip, token_length=20)), []
+    encoder.clip.register_forward_hook(lambda *_: calls.append(1))
+    captions = [*(f"a dog, number {i}" for i in range(5)), ""]
+    alone = torch.cat([encoder([caption]) for caption in captions])
+    encoder.remember(captions[:3], most_bytes=1000)
+    assert len(calls) == 6 and not encoder.rows
+    encoder.remember(captions[:5], batch_size=4)
+    assert len(calls) == 6 + 2
+    torch.testing.assert_close(encoder(captions[::-1]), alone.flip(0))
+    assert len(calls) == 6 + 2
+    torch.testing.assert_close(encoder([captions[3], "a cat"])[0], alone[3])
+    assert len(calls) == 6 + 2 + 1

@@ -1,122 +1,113 @@
-"""To diffusers and back: an exported run draws our pictures in diffusers' own pipeline, and its UNet can be trained on."""
+"""To diffusers and back: an exported model draws our pictures in diffusers' own pipeline, and its
+UNet can be trained on."""
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
-from conftest import launch, run_ok, scalars, train_run
-from data import CaptionedImages, Ranks, Samples, ShardedBatches, counter_rng, split_images
-from models import PRESETS, Model, ModelConfig, load_checkpoint, load_model, read_unet_config
-from sample import SAMPLERS, export_pipeline, guided_denoiser, make_timesteps
+import data
+import sample
+from conftest import TINY, newest, run_ok, scalars, train_run
+from models import PRESETS, Model, ModelConfig, load_model, read_unet_config
+from sample import export_pipeline
 from tiny_networks import make_clip, make_vae
 from train import diffusion_loss
 
 PROMPTS = ["a dog runs over the grass", "two people on a beach"]
-UNET = dict(block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
-            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
+UNET = dict(PRESETS["standard"].unet, block_out_channels=[16, 32], layers_per_block=1,
+            norm_num_groups=8, attention_head_dim=4)
 
 
-def ours_and_theirs(model, folder, sampler="ddim", steps=30):
-    """The same prompts and noise drawn by our sampler and by the pipeline in the folder, float in [-1, 1]."""
-    encode, prompts = model.text_encoder, PROMPTS
-    noise = torch.from_numpy(np.stack([counter_rng("sampling", 0, i).standard_normal(model.codec.latent_shape, dtype=np.float32)
-                                       for i in range(len(prompts))]))
-    denoise = guided_denoiser(model, *(encode(encode.tokenize(texts)) for texts in (prompts, [""] * len(prompts))), 3.0)
-    with torch.no_grad():
-        *_, (x_t, _) = SAMPLERS[sampler](denoise, noise, model.schedule, make_timesteps(1000, steps), None, 0.0)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(prompts, num_inference_steps=steps, guidance_scale=3.0, latents=noise, output_type="pt").images
-    return model.codec.decode(x_t), theirs * 2 - 1
-
-
-@pytest.mark.parametrize("prediction_type, beta_schedule, zero_snr, sampler, steps", [
-    ("epsilon", "scaled_linear", False, "ddim", 30), ("epsilon", "linear", False, "dpm++", 20),
-    ("v_prediction", "cosine", False, "ddim", 7), ("v_prediction", "scaled_linear", True, "ddim", 30),
-    ("sample", "linear", False, "dpm++", 30)])
-def test_the_pipeline_draws_our_pictures(tmp_path, clip, vae, prediction_type, beta_schedule, zero_snr, sampler, steps):
-    """StableDiffusionPipeline, loaded from the exported folder, draws what our sampler draws from the same noise, also with
-    fewer tokens than CLIP's 77 and where the number of steps does not divide T."""
+def make_model(clip, vae, **more):
     torch.manual_seed(0)
-    model = Model(ModelConfig(UNET, 16, text_encoder=clip, vae=vae, token_length=20, prediction_type=prediction_type,
-                                    beta_schedule=beta_schedule, zero_terminal_snr=zero_snr))
+    config = ModelConfig(unet=UNET, resolution=16, text_encoder=clip, vae=str(vae), **more)
+    model = Model(config)
     model.unet.eval()
+    return model
+
+
+def assert_draws_ours(folder, model, sampler="ddim", steps=4, atol=1e-4):
+    """StableDiffusionPipeline, loaded from the folder, draws our pictures from our noise."""
+    rngs, shape = [data.counter_rng("sampling", 0, i) for i in range(2)], model.codec.latent_shape
+    noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "to_uint8", lambda images: images)   # in full precision
+        ours = sample.generate(model, PROMPTS, sampler=sampler, steps=steps, guidance_scale=3.0)
+    assert (ours[0] - ours[1]).abs().max() > 0.1, "they depend on prompt and noise"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    theirs = pipeline(PROMPTS, num_inference_steps=steps, guidance_scale=3.0, output_type="pt",
+                      latents=torch.from_numpy(noise)).images
+    torch.testing.assert_close(ours, theirs * 2 - 1, rtol=0, atol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler, steps, betas, predicts, zero_snr", [
+    ("ddim", 30, "scaled_linear", "epsilon", False), ("dpm++", 20, "linear", "epsilon", False),
+    ("ddim", 30, "scaled_linear", "v_prediction", True), ("dpm++", 30, "linear", "sample", False),
+    ("ddim", 7, "cosine", "v_prediction", False)])
+def test_our_pictures(tmp_path, clip, vae, sampler, steps, betas, predicts, zero_snr):
+    """Also with fewer tokens than CLIP's 77 and where the number of steps does not divide T."""
+    model = make_model(clip, vae, token_length=20, prediction_type=predicts, beta_schedule=betas,
+                       zero_terminal_snr=zero_snr)
     export_pipeline(model, tmp_path, sampler)
-    ours, theirs = ours_and_theirs(model, tmp_path, sampler, steps)
-    assert (ours[0] - ours[1]).abs().max() > 0.1   # pictures that depend on prompt and noise
     # At zero SNR diffusers' solver puts alpha_bar = 2^-24 in place of 0.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 if zero_snr else 1e-4)
+    assert_draws_ours(tmp_path, model, sampler, steps, atol=1e-3 if zero_snr else 1e-4)
 
 
-def test_other_frozen_networks(tmp_path, clip):
-    """AutoencoderTiny is exported too; what the pipeline would draw otherwise, or not at all, is refused with the reason."""
-    tiny = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-                           num_decoder_blocks=(1, 1), scaling_factor=0.5)
-    tiny.save_pretrained(tmp_path / "vae")
-    model = Model(ModelConfig(UNET, 16, text_encoder=clip, vae=str(tmp_path / "vae")))
-    model.unet.eval()
-    export_pipeline(model, tmp_path / "pipeline")
-    torch.testing.assert_close(*ours_and_theirs(model, tmp_path / "pipeline", steps=4), rtol=0, atol=1e-4)
-    model.codec.shift = 0.1
-    with pytest.raises(ValueError, match="ignores the VAE's shift_factor"):
-        export_pipeline(model, tmp_path)
-    with pytest.raises(ValueError, match="draws with a VAE"):
-        export_pipeline(Model(PRESETS["tiny"]), tmp_path)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, photos, clip, vae):
-    return train_run(tmp_path_factory.mktemp("export"), *flags_of(photos, clip, vae), "--preset", "tiny", "--max-steps", 6)
-
-
-def flags_of(photos, clip, vae):
-    return ["--data", photos, "--text-encoder", clip, "--vae", vae, "--pixel-unshuffle", 1, "--no-pooled-text",
-            "--resolution", 16, "--batch-size", 4, "--workers", 0, "--log-every", 1, "--sample-every", 0,
-            "--val-fraction", 0.1, "--device", "cpu"]
+def test_what_the_pipeline_cannot_draw_is_refused(tmp_path, clip, vae):
+    """The reason is said, and no folder is left."""
+    shifted = make_model(clip, vae)
+    shifted.codec.shift = 0.1
+    refused = [(shifted, "ddim", "it ignores the VAE's shift_factor; use another --vae"),
+               (Model(PRESETS["tiny"]), "ddim", "the model draws pixels; train with --vae"),
+               (make_model(clip, vae), "ddpm", "its scheduler here is --sampler ddim or dpm.*"),
+               (make_model(clip, vae, pooled_text=True), "ddim", "it has no input for pooled.*")]
+    for wrong, sampler, reason in refused:
+        with pytest.raises(ValueError, match=f"^--export .*: not for StableDiff.*: {reason}$"):
+            export_pipeline(wrong, tmp_path / "no", sampler)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_exported_unet(run, tmp_path, photos, clip, vae):
-    """--init-unet takes architecture and weights from a pipeline's folder: the first loss is that of the exported model. The
-    run resumes, and is sampled, without that folder."""
-    export_pipeline(load_model(run), tmp_path / "pipeline")
-    tuned = train_run(tmp_path, *flags_of(photos, clip, vae), "--preset", "standard", "--max-steps", 2,
-                      "--init-unet", tmp_path / "pipeline", "--token-length", 16, "--beta-schedule", "linear",
-                      "--prediction-type", "sample")
-    model, source = load_model(run), CaptionedImages(photos)   # the standard preset: min-SNR 5 and no floor
-    keys = next(iter(ShardedBatches(split_images(len(source), 0.1)[0], 4, Ranks(0, 0, 1, 1, torch.device("cpu")))))
-    batch = Samples(source, model.text_encoder.tokenize, model.config, model.codec.latent_shape).__getitems__(keys)
-    with torch.no_grad():
-        expected = diffusion_loss(model.unet, model, batch, min_snr_gamma=5.0).mean().item()
+def test_training_goes_on_from_an_exported_unet(tmp_path, photos, clip, vae):
+    """--export writes the EMA weights; --init-unet takes architecture and weights from there, so
+    that the first loss is the exported model's. That run resumes without the folder."""
+    flags = [*TINY, "--data", photos, "--text-encoder", clip, "--vae", vae, "--no-pooled-text",
+             "--pixel-unshuffle", 1, "--batch-size", 4, "--workers", 0, "--val-fraction", 0]
+    run = train_run(tmp_path, *flags, "--preset", "tiny", "--max-steps", 6)
+    folder, model = tmp_path / "pipeline", load_model(run)
+    done = run_ok("sample.py", "--checkpoint", run, "--export", folder, "--device", "cpu")
+    assert "for diffusers: StableDiffusionPipeline.from_pretrained" in done.stdout
+    assert_draws_ours(folder, model, steps=10)
+    tuned = train_run(tmp_path, *flags, "--init-unet", folder, "--preset", "standard",
+                      "--token-length", 16, "--beta-schedule", "linear", "--prediction-type",
+                      "sample", "--max-steps", 2)
+    source, images = data.CaptionedImages(photos), np.arange(24)
+    samples = data.Samples(data.image_loader(source, model.config), source.captions, images,
+                           model.config, model.codec.latent_shape)
+    batch = next(iter(data.make_loader(samples, data.GlobalOrder(images, 4))))
+    expected = diffusion_loss(model.unet, model, batch, min_snr_gamma=5.0).mean().item()
     assert scalars(tuned, "train/loss")[1] == pytest.approx(expected, rel=1e-4)
-    shutil.rmtree(tmp_path / "pipeline")
+    shutil.rmtree(folder)
     run_ok("train.py", "--resume", tuned, "--max-steps", 3)
-    assert load_checkpoint(tuned)[0]["step"] == 3 and load_model(tuned).unet.config.block_out_channels == [64, 128]
+    assert newest(tuned)["step"] == 3
+    assert newest(tuned)["config"]["unet"]["block_out_channels"] == [64, 128]
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(pooled_text=True), "class_embed_type None, but .* call for projection"),
-    (dict(vae="other"), "in_channels 4, but .* call for 8"),
-    (dict(text_encoder="other"), "cross_attention_dim 32, but .* call for 64")])
-def test_a_unet_that_does_not_fit(tmp_path, clip, vae, changes, message):
-    """A pretrained UNet with another VAE, another text width or pooled text is refused in one line, and so is no UNet."""
-    export_pipeline(Model(ModelConfig(UNET, 16, text_encoder=clip, vae=vae)), tmp_path)
-    others = dict(vae=make_vae(tmp_path / "other_vae", latent_channels=8), text_encoder=make_clip(tmp_path / "clip", width=64))
-    changes = {name: others[name] if value == "other" else value for name, value in changes.items()}
-    with pytest.raises(ValueError, match=message):
-        Model(ModelConfig(read_unet_config(str(tmp_path)), 16, **{"text_encoder": clip, "vae": vae, **changes}))
-    with pytest.raises(ValueError, match="is a AutoencoderKL, not a UNet2DConditionModel"):
+def test_a_unet_that_does_not_fit(tmp_path, clip, vae):
+    """A pretrained UNet with another VAE, another text width or pooled text is refused in one line
+    that says so, and so is what is no UNet."""
+    export_pipeline(make_model(clip, vae), tmp_path)
+    unet = read_unet_config(str(tmp_path))
+    vae8, clip64 = make_vae(tmp_path / "a", latent_channels=8), make_clip(tmp_path / "b", width=64)
+    for networks, pooled, reason in (((clip, vae), True, "class_embed_type None, .* projection"),
+                                     ((clip, vae8), False, "in_channels 4, .* call for 8"),
+                                     ((clip64, vae), False, "attention_dim 32, .* call for 64")):
+        config = ModelConfig(unet=unet, resolution=16, text_encoder=networks[0], vae=networks[1],
+                             pooled_text=pooled)
+        with pytest.raises(ValueError, match=f"^--init-unet: that UNet has .*{reason}; choose"):
+            Model(config)
+    with pytest.raises(ValueError, match=f"^--init-unet {vae}: is a AutoencoderKL, not a UNet2D"):
         read_unet_config(vae)
-
-
-@pytest.mark.slow
-def test_export_by_the_command_line(run, tmp_path):
-    """--export writes the EMA weights; a model with pooled text is refused in one line and leaves no folder."""
-    done = run_ok("sample.py", "--checkpoint", run, "--export", tmp_path / "pipeline", "--device", "cpu")
-    assert "from_pretrained" in done.stdout
-    torch.testing.assert_close(*ours_and_theirs(load_model(run), tmp_path / "pipeline", steps=10), rtol=0, atol=1e-4)
-    builtin = train_run(tmp_path, "--resolution", 16, "--max-steps", 1, "--sample-every", 0, "--device", "cpu", "--vae", "none")
-    done = launch("sample.py", "--checkpoint", builtin, "--export", tmp_path / "no", "--device", "cpu")
-    assert done.returncode == 2 and "error: --export" in done.stderr and not (tmp_path / "no").exists()

@@ -1,11 +1,12 @@
-"""Faults made on purpose: disks, numbers, bad pictures, lost and stopped processes, and files that were made to harm."""
+"""Faults made on purpose: disks, numbers, bad pictures, lost and stopped processes, hostile files.
+"""
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -15,490 +16,386 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import train
-from conftest import ROOT, launch, run_ok
-from data import BuiltinShapes, CaptionedImages, Ranks, UnreadableImage, first_readable
-from models import load_checkpoint, prune_checkpoints, save_checkpoint
+from conftest import TINY, Job, checkpoints, errors, launch, make_pictures, newest, run_ok, scalars
+from data import CaptionedImages, UnreadableImage, first_readable, image_loader
+from models import ModelConfig, load_checkpoint, prune_checkpoints, save_checkpoint
 
-CPU = torch.device("cpu")
-ONE = Ranks(0, 0, 1, 1, CPU)
-PAYLOAD = dict(unet={}, ema={}, config={}, step=0, epoch=0)
+W = torch.arange(300.0)
 
 
 @pytest.fixture(scope="module")
 def flags(photos, clip):
     """A run on two dozen pictures, two steps an epoch."""
-    return ["--data", photos, "--text-encoder", clip, "--vae", "none", "--preset", "tiny", "--resolution", 16, "--batch-size", 8,
-            "--val-fraction", 0.1, "--log-every", 1, "--sample-every", 0, "--device", "cpu", "--workers", 0]
+    return [*TINY, "--data", photos, "--text-encoder", clip, "--preset", "tiny", "--workers", 0,
+            "--batch-size", 8, "--val-fraction", 0.1]
 
 
-class Job:
-    """train.py under torchrun in the background, its output in a file."""
-
-    def __init__(self, folder, *args, processes=2, torchrun=(), code=None, env=None):
-        self.log = Path(folder) / "log"
-        command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
-                                     if processes > 1 else []), str(code or ROOT / "train.py"), *map(str, args)]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
-                                            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for pid in [self.process.pid, *self.ranks()]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self.process.wait(20)
-
-    def text(self):
-        return self.log.read_text(errors="replace")
-
-    def until(self, happened, seconds=120):
-        deadline = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < deadline and self.process.poll() is None, self.text()[-6000:]
-            time.sleep(0.05)
-
-    def ranks(self):
-        """Process ids of the ranks, rank 0 first."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                environ = dict(line.partition("=")[::2] for line in (entry / "environ").read_bytes().decode().split("\0"))
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError):
-                continue
-            if parent == self.process.pid and "RANK" in environ:
-                found[int(environ["RANK"])] = int(entry.name)
-        return [found[rank] for rank in sorted(found)]
-
-
-def checkpoints(folder):
-    return sorted(Path(folder).glob("checkpoint_*.pt"))
-
-
-def errors(text):
-    return [line for line in text.splitlines() if line.startswith("error: ")]
+def new_state(dtype=None):
+    args = train.make_parser().parse_args(["--lr", "0.1"])
+    return train.TrainingState(torch.nn.Linear(3, 3), args, torch.device("cpu"), dtype)
 
 
 # Checkpoints
 
 
-def test_a_changed_byte_is_noticed(tmp_path):
-    """Whichever byte of a checkpoint is changed: it is refused in one line, or loads as it was where the byte means nothing."""
-    path = tmp_path / "checkpoint_epoch0001_step00000001.pt"
-    save_checkpoint(dict(PAYLOAD, unet={"w": torch.arange(300.0)}), path)
-    whole, refused = path.read_bytes(), 0
-    in_weights = range(whole.index(torch.arange(300.0).numpy().tobytes()), len(whole))[:1200]
-    for k in [*range(0, len(whole), 7), *in_weights[::50]]:
-        path.write_bytes(whole[:k] + bytes([whole[k] ^ 0x10]) + whole[k + 1:])
-        try:
-            assert torch.equal(load_checkpoint(path)[0]["unet"]["w"], torch.arange(300.0))
-            assert k not in in_weights
-        except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            refused += 1
-    assert refused > 100
+def write(folder, step=0):
+    """A checkpoint with the weights W; returns its path."""
+    path = folder / f"checkpoint_epoch{step:04d}_step{step:08d}.pt"
+    save_checkpoint(dict(unet={"w": W}, ema={}, config={}, step=step, epoch=step), path)
+    return path
 
 
 def test_a_damaged_checkpoint_is_skipped_with_its_name_and_reason(tmp_path):
-    """A run folder's newest checkpoint with a flipped weight, and one cut short, are named with the reason, and the one before
-    them is taken."""
-    paths = [tmp_path / f"checkpoint_epoch{k:04d}_step{k:08d}.pt" for k in range(3)]
-    for k, path in enumerate(paths):
-        save_checkpoint(dict(PAYLOAD, step=k, unet={"w": torch.ones(99)}), path)
+    """The newest checkpoint with a flipped bit, and the one before it cut short, are named with the
+    reason, and the one before them is taken."""
+    paths = [write(tmp_path, step) for step in range(3)]
     content = bytearray(paths[2].read_bytes())
-    content[content.index(torch.ones(99).numpy().tobytes()) + 4] ^= 1
+    content[content.index(W.numpy().tobytes()) + 4] ^= 1
     paths[2].write_bytes(content)
-    paths[1].write_bytes(paths[1].read_bytes()[:-200])
+    os.truncate(paths[1], paths[1].stat().st_size - 200)
     with pytest.warns(UserWarning) as told:
-        payload, path = load_checkpoint(tmp_path)
-    assert payload["step"] == 0 and path == paths[0]
-    assert re.search(f"{paths[2].name}: .*data/0' have changed", str(told[0].message)) and paths[1].name in str(told[1].message)
+        assert load_checkpoint(tmp_path)[1] == paths[0]
+    for path, reason, said in zip(paths[:0:-1], ("data/0' have changed", "BadZipFile"), told):
+        assert re.fullmatch(rf"checkpoint {path}: cannot be read \([^\n]*{reason}[^\n]*\); trying "
+                            "the one before it", str(said.message))
 
 
 def test_a_file_that_reads_back_wrong_never_gets_its_name(tmp_path, monkeypatch):
-    """Where the disk returns other bytes than were written, the checkpoint is not renamed and the one before stays."""
-    path = tmp_path / "checkpoint_epoch0001_step00000001.pt"
-    save_checkpoint(dict(PAYLOAD, step=1), path)
+    """Where the disk keeps other bytes than were written, the file of that name stays as it was."""
+    path = write(tmp_path)
     good = path.read_bytes()
-
-    def lying_fsync(number):
-        if list(tmp_path.glob(f".{path.name}.*.tmp")):
-            os.pwrite(number, b"\xff" * 600, 2000)
-    monkeypatch.setattr(os, "fsync", lying_fsync)
-    with pytest.raises(OSError):
-        save_checkpoint(dict(PAYLOAD, step=2, unet={"w": torch.ones(999)}), path)
+    monkeypatch.setattr(os, "fsync", lambda number: os.pwrite(number, b"\xff" * 600, 1000))
+    with pytest.raises(OSError, match="^the bytes of '.+' have changed since they were written$"):
+        write(tmp_path)
     assert path.read_bytes() == good and os.listdir(tmp_path) == [path.name]
 
 
 def test_pruning(tmp_path):
-    """The newest K stay and the first of every M-th epoch, files that are none of ours stay, and so do those newer than the one
-    just written: a run may go on from an older one."""
+    """The newest K stay and the first of every M-th epoch, files that are none of ours stay, and so
+    do those newer than the one just written: a run may go on from an older one."""
+    others = {"checkpoint_best.pt", "checkpoint_epoch0001_step00000010_copy.pt"}
     names = [f"checkpoint_epoch{e:04d}_step{10 * e + s:08d}.pt" for e in range(9) for s in (0, 5)]
-    for name in [*names, "checkpoint_best.pt", "checkpoint_epoch0001_step00000010_copy.pt"]:
+    for name in [*names, *others]:
         (tmp_path / name).touch()
     prune_checkpoints(tmp_path / "checkpoint_epoch0007_step00000075.pt", keep_last=3, keep_every=2)
-    left = {name[16:20] + ":" + name[29:33] for name in os.listdir(tmp_path) if name in names}
-    assert left == {"0008:0085", "0008:0080", "0007:0075", "0007:0070", "0006:0065", "0006:0060", "0004:0040", "0002:0020"}
-    assert len(os.listdir(tmp_path)) == len(left) + 2
+    left = {int(name[-7:-3]) for name in set(os.listdir(tmp_path)) - others}
+    assert left == {85, 80, 75, 70, 65, 60, 40, 20} and len(os.listdir(tmp_path)) == 10
 
 
-def test_second_job_is_refused_and_leftovers_go(tmp_path):
-    """While one process holds a run folder another is refused in one line; a SIGKILL frees it, though a child that the process
-    had forked lives on; a half-written checkpoint is removed by the next."""
-    code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); import train; from pathlib import Path\n"
-            "lock = train.take_over(Path('.'))\n"
-            "os.fork() or time.sleep(15) or os._exit(0)\n"
-            "print('held', flush=True); time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", code, ROOT], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="another job is training in this folder"):
-        train.take_over(tmp_path)
-    holder.kill()
-    holder.wait()
-    (tmp_path / ".checkpoint_epoch0001_step00000001.pt.tmp").write_bytes(b"half")
-    train.take_over(tmp_path).close()
-    assert os.listdir(tmp_path) == [".lock"]
+@pytest.mark.slow
+def test_a_second_job_is_refused_and_leftovers_go(tmp_path):
+    """While one process holds a run folder another is refused in one line; a SIGKILL frees it,
+    though a child that the process had forked lives on; what it left half-written is removed."""
+    script, run = tmp_path / "hold.py", tmp_path / "run"
+    script.write_text("import os, pathlib, time, train\ntrain.take_over(pathlib.Path('run'))\n"
+                      "os.fork() or time.sleep(15) or os._exit(0)\n"
+                      "print('held', flush=True)\ntime.sleep(60)")
+    run.mkdir()
+    with Job(tmp_path, script=script, processes=1) as job:
+        job.until(lambda: "held" in job.text())
+        with pytest.raises(ValueError, match=f"^--folder {run}: another job is training .+$"):
+            train.take_over(run)
+    (run / ".checkpoint_epoch0001_step00000001.pt.tmp").touch()
+    train.take_over(run)
+    assert os.listdir(run) == [".lock"]
 
 
-@pytest.fixture
-def state():
-    net = torch.nn.Linear(3, 3)
-    args = train.make_parser().parse_args(["--lr", "0.1", "--ema-decay", "0.9"])
-    return train.TrainingState(net, args, CPU, None)
-
-
-def test_final_save_tries_again_and_then_fails(state, tmp_path, monkeypatch):
-    """A save on a full device is said and survived; at the end of a run it is tried seven times, over a minute, and then fails
-    in one line; nothing half-written is left."""
-    slept = []
+def test_the_last_save_is_tried_again_and_then_fails(tmp_path, monkeypatch):
+    """A save on a full device is said and survived; at the end of a run it is tried seven times,
+    over a minute, and then fails in one line; nothing half-written is left."""
+    slept, full = [], os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(torch, "save", lambda payload, file: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
-    with pytest.warns(UserWarning, match="checkpoint .* could not be written .*No space left on device.*; training goes on"):
-        state.save(tmp_path, ONE)
-        with pytest.raises(OSError, match="not saved in 7 tries; make room"):
-            state.save(tmp_path, ONE, tries=7)
+    monkeypatch.setattr(torch, "save", lambda payload, file: os.write(full, b"x"))
+    state = new_state()
+    with pytest.warns(UserWarning, match=rf"^checkpoint {tmp_path}/\S+_step00000000\.pt could not "
+                      r"be written \(.*No space left.*\); training goes on$"):
+        state.save(tmp_path)
+        with pytest.raises(OSError, match=f"^step 0: not saved in 7 tries; make room.+{tmp_path}"):
+            state.save(tmp_path, tries=7)
     assert sum(slept) == 60 and not os.listdir(tmp_path)
 
 
 @pytest.mark.slow
 def test_disk_full_then_read_only_then_folder_removed(tmp_path, flags):
-    """On a small file system that fills up, turns read-only and loses the run folder, one after the other, a run goes on, says
-    each fault in one line, saves again when it can, never damages the last good checkpoint, and finishes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250m", "tmpfs", disk], capture_output=True).returncode:
+    """On a small file system that fills up, turns read-only and loses the run folder, a run goes
+    on, says each fault, keeps the last good checkpoint, saves again when it can, and finishes."""
+    run, gone = tmp_path / "disk" / "run", tmp_path / "disk" / "gone"
+
+    def shell(command):
+        return subprocess.run(command, shell=True, cwd=tmp_path, timeout=20).returncode
+
+    if shell("mkdir disk view; mount -t tmpfs -o size=250m tmpfs disk"):
         pytest.skip("mounting is not allowed here")
+    # Read-only is a view laid over the folder: remounting is refused while a file is being written.
+    read_only = "mount -B disk/run view; mount -o remount,bind,ro view; mount -B view disk/run"
+    faults = {"No space left": ("cat /dev/zero > disk/filler", "rm disk/filler"),
+              "Read-only": (read_only, "umount -l disk/run view"),
+              "epoch": ("mv disk/run disk/gone", "")}
     try:
-        run = disk / "run"
-        with Job(tmp_path, *flags, "--epochs", 1000, "--keep-last", 2, "--folder", run, processes=1) as job:
-            said = lambda text: job.text().count(text)  # noqa: E731
-            job.until(lambda: len(checkpoints(run)) >= 2)
-            with open(disk / "filler", "wb") as filler, pytest.raises(OSError):
-                while True:
-                    filler.write(b"x" * 2**16)
-                    filler.flush()
-            job.until(lambda: said("No space left on device"))
-            assert load_checkpoint(run)[0]["step"] > 0
-            (disk / "filler").unlink()
-            newest = checkpoints(run)[-1]
-            job.until(lambda: checkpoints(run)[-1] > newest)
-
-            # A read-only view of the folder laid over it; remounting in place is refused while a file is open for writing.
-            view = tmp_path / "view"
-            view.mkdir()
-            for step in (["--bind", run, view], ["-o", "remount,bind,ro", view], ["--bind", view, run]):
-                subprocess.run(["mount", *step], check=True, timeout=20)
-            job.until(lambda: said("Read-only file system"))
-            assert load_checkpoint(run)[0]["step"] > 0
-            subprocess.run(["umount", "-l", run, view], check=True, timeout=20)
-            newest = checkpoints(run)[-1]
-            job.until(lambda: checkpoints(run)[-1] > newest)
-
-            os.rename(run, disk / "gone")
-            job.until(lambda: checkpoints(run))
+        with Job(tmp_path, *flags, "--epochs", 1000, "--keep-last", 2, "--folder", run,
+                 processes=1) as job:
+            job.until(lambda: len(checkpoints(run)) > 1)
+            for message, (fault, repair) in faults.items():
+                shell(fault)
+                job.until(lambda: message in job.text())
+                assert newest(gone if gone.exists() else run)["step"] > 0
+                shell(repair)
+                last = checkpoints(run)[-1:]
+                job.until(lambda: checkpoints(run)[-1:] > last)
             job.process.send_signal(signal.SIGTERM)
             assert job.process.wait(60) == 0, job.text()[-4000:]
-            text = job.text()
-            assert "Traceback" not in text and "could not be written" in text and not errors(text), text[-4000:]
-        assert not list(run.glob(".*.tmp")) and load_checkpoint(run)[0]["step"] > load_checkpoint(disk / "gone")[0]["step"]
-        for path in [*checkpoints(run), *checkpoints(disk / "gone")]:
+            assert "could not be written" in job.text() and "Traceback" not in job.text()
+        assert newest(run)["step"] > newest(gone)["step"] and not list(run.glob(".*.tmp"))
+        for path in [*checkpoints(run), *checkpoints(gone)]:
             load_checkpoint(path)
     finally:
-        subprocess.run(["umount", "-l", disk], timeout=20)
+        shell("umount -l disk")
 
 
 # Numbers
 
-HARNESS = """
-import os, sys, time, torch, train
+PATCHED = """
+import os, time, zlib, torch, train
 from data import run_main
-rank, real, calls, seen = int(os.environ.get("RANK", 0)), train.diffusion_loss, [0], []
 
-def loss(net, *args, **kwargs):
-    value = real(net, *args, **kwargs)
-    if getattr(net, "training", False):                # not the step that only counts memory
-        calls[0] += 1
-        if rank == 1 and calls[0] == 3:
-            value = value * float("nan")
-        if rank == 1 and calls[0] == 5:
-            value = value.clone()
-            value[0] = value[0].detach() + float("inf")    # infinite, with finite gradients
-        if calls[0] > int(os.environ.get("ALL_BAD_AFTER", 1000)):
-            value = value * float("nan")
-        if calls[0] == int(os.environ.get("SLOW_AFTER", 1000)):
-            print("slow", flush=True)
-            time.sleep(10)
-    return value
+rank, fault, calls = int(os.environ["RANK"]), os.environ["FAULT"], []
+real_loss, real_count = train.diffusion_loss, train.TrainingState.count_update
+if fault == "late":   # rank 1 comes back after rank 0
+    time.sleep(4 * rank * int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
 
-class Poll(train.StopRequest):
-    def poll(self):
-        import inspect
-        frame = inspect.currentframe().f_back.f_locals
-        seen.append(hash(tuple(p.detach().numpy().tobytes() for p in frame["model"].unet.parameters())))
-        moments = [s["exp_avg"].isfinite().all() for s in frame["state"].optimizer.state.values()]
-        ema = all(p.isfinite().all() for p in frame["state"].ema.parameters.values())
-        if len(seen) == 8:
-            print(f"rank {rank}", seen[2] == seen[1], seen[4] == seen[3], len(set(seen)), all(moments), ema, flush=True)
-        if len(seen) == int(os.environ.get("DRIFT_AT", 1000)) and rank == 1:
-            with torch.no_grad():
-                next(frame["model"].unet.parameters()).view(-1)[0] += 1e-6
-        return super().poll()
+def loss(unet, *args):
+    errors = real_loss(unet, *args)
+    if unet.training and fault == "numbers" and rank == 1:
+        calls.append(None)
+        factor = torch.nan if len(calls) == 3 or len(calls) > 11 else 1
+        more = torch.inf if len(calls) == 5 else 0   # its gradients are finite
+        errors = factor * errors + more
+    return errors
 
-train.diffusion_loss, train.StopRequest = loss, Poll
+def count_update(state, loss, norm):
+    real_count(state, loss, norm)
+    weights = b"".join(p.detach().numpy().tobytes() for p in state.unet.parameters())
+    moments = [x for of_one in state.optimizer.state.values() for x in of_one.values()]
+    finite = all(x.isfinite().all() for x in [*moments, *state.ema.parameters()])
+    print(f"rank {rank}: {state.step} {zlib.crc32(weights)} {finite} {loss.item()}", flush=True)
+    if fault == "drift" and rank == 1 and state.step == 7:
+        next(state.unet.parameters()).data.view(-1)[0] += 1e-6
+    if fault == "slow" and state.step == 4:
+        print("slow", flush=True)
+        time.sleep(10)
+
+train.diffusion_loss, train.TrainingState.count_update = loss, count_update
 run_main(train.main)
 """
 
 
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    path = tmp_path_factory.mktemp("harness") / "harness.py"
-    path.write_text(HARNESS)
-    return path
+@pytest.fixture
+def patched_run(tmp_path, flags):
+    """patched_run(fault, *more flags): a Job of two processes, with that fault."""
+    def start(fault, *more, torchrun=(), **env):
+        (tmp_path / "patched.py").write_text(PATCHED)
+        return Job(tmp_path, *flags, "--folder", "run", *more, script=tmp_path / "patched.py",
+                   torchrun=torchrun, env=dict(env, FAULT=fault))
+    return start
 
 
 @pytest.mark.slow
-def test_bad_updates_are_skipped_by_all_and_too_many_stop_the_run(tmp_path, flags, harness):
-    """A NaN on one rank, and an infinite loss with finite gradients, are skipped by both ranks: weights stay bit for bit,
-    moments, EMA and the epoch's losses stay finite, the steps are named; after four in a row the run ends in one line that
-    names the last good checkpoint."""
-    with Job(tmp_path, *flags, "--epochs", 50, "--folder", "run", "--max-bad-steps", 4, code=harness,
-             env={"ALL_BAD_AFTER": "12", "PYTHONHASHSEED": "0"}) as job:
+def test_bad_updates_are_skipped_by_all_and_too_many_end_the_run(tmp_path, patched_run):
+    """A NaN on one rank, and an infinite loss with finite gradients, are skipped by both ranks:
+    weights stay bit for bit, moments, EMA and mean losses stay finite, each log interval says how
+    many; after 20 updates without a finite one the run ends and names the last checkpoint."""
+    with patched_run("numbers", "--batch-size", 2, "--epochs", 9, "--log-every", 4) as job:
         assert job.process.wait(150) != 0
         text = job.text()
-    for rank in range(2):
-        assert f"rank {rank} True True 6 True True" in text, text[-5000:]
-    assert re.findall(r"warning: update skipped at step (\d+):", text) == ["3", "5", "13", "14", "15"]
-    assert len(errors(text)) == 1
-    newest = checkpoints(tmp_path / "run")[-1].name
-    assert re.search(f"error: --max-bad-steps 4: .*up to step 16; the last good checkpoint is run/{newest};", text), errors(text)
-    losses = load_checkpoint(tmp_path / "run")[0]["epoch_losses"]
-    assert np.isfinite(losses[:6]).all() and np.isnan(losses[6:]).all()   # 2 steps an epoch: 13 and 14 are all of the seventh
+    rows = re.findall(r"rank (\d): (\d+) (\d+) True (\S+)", text)
+    bad = [3, 5, *range(12, 33)]   # 11 steps an epoch; an epoch's end ends a log interval
+    for rank in "01":
+        weights = [bits for of, _, bits, _ in rows if of == rank]
+        assert len(weights) == 32, text[-4000:]
+        assert [k for k in range(2, 33) if weights[k - 1] == weights[k - 2]] == bad
+    assert re.findall(r"warning: (\d of \d updates up to step \d+) skipped: .+", text) == [
+        f"{k} of {n} updates up to step {step}" for k, n, step in zip(
+            (1, 1, 1, 4, 4, 2, 2, 4), (4, 4, 1, 4, 4, 2, 2, 4), (4, 8, 12, 16, 20, 22, 24, 28))]
+    error, = errors(text)
+    assert re.fullmatch("error: .* 21 updates.* up to step 32; the last .*checkpoint is run/"
+                        r"checkpoint_epoch0002_step00000022\.pt; try .*--lr or --amp off", error)
+
+    def mean(last):   # of the updates that were made
+        made = [float(loss) for _, k, _, loss in rows if int(k) <= last and int(k) not in bad]
+        return pytest.approx(np.mean(made), rel=1e-6)
+
+    assert scalars(tmp_path / "run", "train/loss")[4] == mean(4)
+    first, second = newest(tmp_path / "run")["epoch_losses"]
+    assert first == mean(11) and np.isnan(second)
 
 
-def test_skipped_updates_leave_the_means_alone():
-    """The logged loss is the mean over the updates that were made: (1 + 3) / 2 with one of three skipped; the fp16 scaler's
-    skips are not complained about, but too many in a row stop the run all the same."""
-    log, written = train.StepLog(None, ONE, 4), {}
-    for loss, bad in ((1.0, False), (0.0, True), (3.0, False)):
-        log.sums += torch.tensor([loss, 2 * loss, float(not bad)])
-        log.bad.append(torch.tensor(bad))
-        log.steps += 1
-    assert log.report(3, 0.1, max_bad_steps=2, quiet=True).startswith("loss 2.0000")
-    log.bad, log.steps = [torch.tensor(True)] * 2, 2
-    with pytest.raises(ValueError, match="--max-bad-steps 2: .* up to step 5"):
-        log.report(5, 0.1, max_bad_steps=2, quiet=True)
-    assert not written
+def test_float16_skips_in_silence_until_there_are_too_many(tmp_path, capsys):
+    """The float16 scaler's skips are part of its work, but 20 in a row end the run all the same."""
+    state, bad = new_state(torch.float16), torch.tensor(torch.nan).double()
+    log = train.StepLog(None, tmp_path, 4, state)
+    with pytest.raises(ValueError, match="^no finite .* 20 updates.* step 20; .* is none; try .+$"):
+        for _ in range(20):
+            state.count_update(bad, bad)
+            log.report(state, 0.1)
+    assert state.step == 20 and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow
-def test_ranks_that_drift_apart_are_noticed(tmp_path, flags, harness):
-    """One weight of one rank, changed by 1e-6, stops the run at the next checkpoint, which is not written."""
-    with Job(tmp_path, *flags, "--epochs", 50, "--folder", "run", code=harness, env={"DRIFT_AT": "7"}) as job:
+def test_ranks_that_drift_apart_are_noticed(tmp_path, patched_run):
+    """One weight of one rank, changed by 1e-6, ends the run before the next checkpoint."""
+    with patched_run("drift", "--epochs", 50) as job:
         assert job.process.wait(150) != 0
-        text = job.text()
-    assert len(errors(text)) == 1, text[-4000:]
-    assert re.search(r"error: step 8: rank\(s\) \[1\] hold other weights than rank 0", text)
+    error, = errors(job.text())
+    assert re.fullmatch(r"error: step 8: rank\(s\) \[1\] hold other weights than .+ with --resume",
+                        error)
     assert checkpoints(tmp_path / "run")[-1].name == "checkpoint_epoch0003_step00000006.pt"
 
 
 # Bad pictures
 
-
-def make_bad_pictures(folder):
-    """300 pictures, numbered in the order of the captions file; returns the names of unreadable and of odd but good ones."""
-    rng, names = np.random.default_rng(0), [f"{i:03d}.jpg" for i in range(300)]
-    for i, name in enumerate(names):
-        Image.fromarray(rng.integers(0, 256, (20 + i % 5, 20, 3), dtype=np.uint8)).save(folder / name)
-    jpeg = (folder / "000.jpg").read_bytes()
-    bad = {"010.jpg": jpeg[:len(jpeg) // 2], "011.jpg": b"", "050.jpg": b"%PDF-1.4 no picture",
-           "299.jpg": b"\x89PNG\r\n\x1a\n"}
-    for name, content in bad.items():
-        (folder / name).write_bytes(content)
-    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    header += zipfile.crc32(header[12:]).to_bytes(4, "big")
-    (folder / "100.jpg").write_bytes(header + b"\0\0\0\1IDAT\0\0\0\0\0")   # a decompression bomb
-    os.remove(folder / "120.jpg")
-    os.symlink("/etc/passwd", folder / "120.jpg")
-    os.remove(folder / "130.jpg")
-    os.mkfifo(folder / "130.jpg")   # would wait for ever
-    good = ["200.jpg", "201.jpg", "202.jpg", "203.jpg", "204.jpg"]
-    Image.new("RGB", (1, 1), "red").save(folder / "200.jpg")
-    Image.new("RGB", (20000, 4), "blue").save(folder / "201.jpg")
-    Image.new("L", (9, 9), 3).save(folder / "202.gif", save_all=True, append_images=[Image.new("L", (9, 9), 200)])
-    os.replace(folder / "202.gif", folder / "202.jpg")
-    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(folder / "203.png")
-    os.replace(folder / "203.png", folder / "203.jpg")
-    Image.new("CMYK", (9, 9), (0, 0, 0, 255)).save(folder / "204.jpg")
-    lines = [f"{name},picture {i}".encode() for i, name in enumerate(names)] + [b"gone.jpg,not there"]
-    lines[60] = b"060.jpg,caf\xe9 \xff\xfe"
-    lines[61] = b"061.jpg," + b"word " * 10000
-    (folder / "captions.txt").write_bytes(b"\n".join([b"image,caption", *lines]))
-    return [*bad, "100.jpg", "120.jpg", "130.jpg"], good
+EVIL = "<script>alert(1)</script> ../../../evil $(touch pwned) `touch pwned` \x1b[2J 'x"
 
 
 @pytest.fixture(scope="module")
 def bad_pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad_pictures")
-    return folder, *make_bad_pictures(folder)
+    """120 pictures of which seven are bad, and odd captions; the folder and the bad ones' names."""
+    folder = make_pictures(tmp_path_factory.mktemp("bad"), 120, captions=1, prefix="")
+    bomb = b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\r" + bomb + zipfile.crc32(bomb).to_bytes(4, "big")
+    bad = {"010.jpg": (folder / "000.jpg").read_bytes()[:400], "011.jpg": b"",
+           "050.jpg": b"%PDF-1.4", "100.jpg": bomb + b"\0\0\0\1IDAT\0\0\0\0\0",
+           "105.jpg": None, "107.jpg": None, "119.jpg": bomb[:8]}
+    for name, content in bad.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    os.symlink("/etc/passwd", folder / "105.jpg")
+    os.mkfifo(folder / "107.jpg")   # would be waited for
+    text = (folder / "captions.txt").read_bytes() + b"gone.jpg,not there\n"
+    text = text.replace(b"number 60", b"caf\xe9").replace(b'"a dog, number 0"', EVIL.encode())
+    (folder / "captions.txt").write_bytes(text)
+    return folder, list(bad)
 
 
 @pytest.mark.filterwarnings("ignore:--data")
 def test_bad_pictures_are_replaced_by_the_next(bad_pictures):
-    """Of the 300 exactly the seven bad ones are refused; 10 and 11 become 12, the last becomes the first; the odd ones load."""
-    folder, bad, good = bad_pictures
-    source = CaptionedImages(folder)
-    refused = []
-    for i in range(300):
-        try:
-            source.image(i, 3, 16)
-        except UnreadableImage as error:
-            refused.append(source.names[i])
-            assert source.names[i] in str(error)
-    assert refused == sorted(bad)
-    every = np.arange(300)
-    for index, expected, passed in ((9, 9, []), (10, 12, [10, 11]), (11, 12, [11]), (299, 0, [299])):
-        number, picture, over = first_readable(source, every, index, 3, 16)
-        assert (number, over) == (expected, passed) and picture.tobytes() == source.image(expected, 3, 16).tobytes()
-    assert first_readable(source, every[every % 2 == 0], 10, 3, 16)[0] == 12    # never a picture of the other split
-    assert [source.image(int(name[:3]), 3, 16).getpixel((8, 8)) for name in good[2:]] == [(3,) * 3, (156,) * 3, (0, 0, 0)]
-    assert source.captions(60) == ["caf\ufffd \ufffd\ufffd"] and len(source.captions(61)[0].split()) == 10000
+    """Exactly the seven bad pictures are refused, with their names; the next of the same split
+    takes a bad one's place, after the last the first; what is no UTF-8 in a caption is replaced."""
+    folder, bad = bad_pictures
+    source = CaptionedImages(folder, max_missing=0.1)
+    load, every = image_loader(source, ModelConfig(resolution=16)), np.arange(120)
+    for i in every:
+        if source.names[i] not in bad:
+            load(i)
+            continue
+        with pytest.raises(UnreadableImage, match=f"^--data {folder}: '{source.names[i]}' cannot "
+                           r"be read as an image \([^\n]+\); repair or remove it$"):
+            load(i)
+    assert source.captions(60) == ["a dog, caf\ufffd"]
+    for images, index, expected in ((every, 9, 9), (every, 10, 12), (every, 11, 12),
+                                    (every, 119, 0), (every[1::3], 10, 13)):
+        number, loaded = first_readable(load, images, index)
+        assert number == expected and (loaded["image"] == load(expected)["image"]).all()
 
 
 @pytest.mark.slow
-def test_training_on_bad_pictures(tmp_path, flags, bad_pictures):
-    """With 7 of 300 pictures bad, one and two processes, with and without loader workers, name the same seven once each and end
-    with the same weights up to rounding; with the default limit of 1% the run stops with the list."""
-    folder, bad, _ = bad_pictures
-    runs = []
-    for processes, workers in ((1, 1), (2, 0)):
-        run = tmp_path / f"run{processes}"
-        done = run_ok("train.py", *flags, "--data", folder, "--epochs", 2, "--folder", run, "--max-bad-images", 0.03, "--workers",
-                      workers, "--batch-size", 30, "--val-fraction", 0.0, "--log-every", 3, processes=processes, cwd=tmp_path)
-        named = re.findall(r"'(\d+\.jpg)'", "".join(line for line in done.stderr.splitlines() if "replaced so far" in line))
-        assert sorted(named) == sorted(bad) and "7 of 300 images replaced so far" in done.stderr, done.stderr[-3000:]
+def test_training_on_bad_pictures_and_captions(tmp_path, flags, bad_pictures):
+    """One and two processes, with and without loader workers, name the same bad pictures once each
+    and end with the same weights up to rounding; beyond the limit the run stops with the list. A
+    caption with HTML, paths, terminal codes and shell commands is not in TensorBoard, whose text is
+    an indented block, makes no file, and is quoted in the command that is printed for copying."""
+    (folder, bad), runs = bad_pictures, [tmp_path / "1", tmp_path / "2"]
+    flags = [*flags, "--data", folder, "--batch-size", 30, "--epochs", 2, "--val-fraction", 0,
+             "--sample-every", 2, "--folder"]
+    for run, processes, workers in zip(runs, (1, 2), (1, 0)):
+        done = run_ok("train.py", *flags, run, "--max-bad-images", 0.06, "--workers", workers,
+                      processes=processes, cwd=tmp_path)
+        named = re.findall(r"^warning: \d of 120 images .*: ('.*')$", done.stderr, re.M)
+        assert sorted(re.findall(r"'(.*?)'", "".join(named))) == bad, done.stderr[-3000:]
         assert "1 image(s) named in captions.txt are not there" in done.stderr
-        runs.append(load_checkpoint(run)[0])
-    for name, value in runs[0]["unet"].items():
-        assert torch.allclose(value, runs[1]["unet"][name], atol=2e-3), name
-    done = launch("train.py", *flags, "--data", folder, "--epochs", 2, "--folder", tmp_path / "run3", "--batch-size", 30,
-                  cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+        line, = re.findall("^draw pictures: .*$", done.stdout, re.M)
+        assert shlex.split(line)[-1] == EVIL.replace("\x1b", "")
+        assert {path.name[:6] for path in run.iterdir()} == {
+            ".lock", "checkp", "config", "events", "sample", "stop"}
+        events = b"".join(path.read_bytes() for path in run.glob("events*"))
+        assert b"script" not in events and b'    {\n     "model": {\n' in events
+    assert not list(tmp_path.rglob("pwned"))
+    torch.testing.assert_close(*(newest(run)["unet"] for run in runs), atol=2e-3, rtol=0)
+    done = launch("train.py", *flags, tmp_path / "3", "--max-bad-images", 0.02)
     error, = errors(done.stderr)
-    assert re.search(r"--max-bad-images 0.01: [4-7] of 300 images cannot be read; repair or remove '\d+.jpg', ", error)
+    assert done.returncode == 2 and re.fullmatch(
+        r"error: --max-bad-images 0.02: [3-7] of 120 images cannot be read; repair or remove "
+        r"'\d+.jpg'(, '\d+.jpg')+", error)
 
 
-def test_data_that_goes_away_for_a_while_changes_nothing(tmp_path, monkeypatch):
-    """While the whole data folder is missing an image is waited for, not replaced; after a minute that is an OSError."""
-    for i in range(3):
-        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for i in range(3):
-        os.rename(tmp_path / f"{i}.png", folder / f"{i}.png")
-    (folder / "captions.txt").write_text("image,caption\n" + "\n".join(f"{i}.png,number {i}" for i in range(3)))
-    source = CaptionedImages(folder)
-    os.rename(folder, tmp_path / "away")
-    slept = []
+def test_data_that_go_away_for_a_while_change_nothing(tmp_path, monkeypatch):
+    """While the whole data folder is missing a picture is waited for, not replaced; after a minute
+    that is an OSError."""
+    folder, slept = make_pictures(tmp_path / "set", 3), []
+    load = image_loader(CaptionedImages(folder), ModelConfig(resolution=16))
+    before = load(1)["image"]
 
     def sleep(seconds):
         slept.append(seconds)
         if len(slept) == 3:
-            os.rename(tmp_path / "away", folder)
+            (tmp_path / "away").rename(folder)
+
     monkeypatch.setattr(time, "sleep", sleep)
-    with pytest.warns(UserWarning, match="out of reach"):
-        number, picture, passed = first_readable(source, np.arange(3), 1, 3, 8)
-    assert (number, passed, picture.getpixel((0, 0))) == (1, [], (50, 0, 0)) and slept == [1, 2, 4]
-    shutil.rmtree(folder)
+    folder.rename(tmp_path / "away")
+    with pytest.warns(UserWarning, match=rf"^--data {folder}: out of reach \(.*\); trying again"):
+        number, loaded = first_readable(load, np.arange(3), 1)
+    assert number == 1 and (loaded["image"] == before).all() and slept == [1, 2, 4]
+    folder.rename(tmp_path / "gone")
     with pytest.warns(UserWarning), pytest.raises(OSError, match="out of reach for a minute"):
-        first_readable(source, np.arange(3), 1, 3, 8)
+        load(1)
     assert sum(slept[3:]) == 63
 
 
 # Processes
 
 
-def test_restarts_need_a_folder(monkeypatch):
-    """torchrun --max-restarts without --folder or --resume, which would begin anew after each failure, is refused at once."""
+def test_restarts_need_a_folder_and_a_new_store(monkeypatch):
+    """torchrun --max-restarts is refused where a restart would begin anew, or meet at the store in
+    which the dead have left their addresses."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(ValueError, match="--max-restarts: .*add --folder RUN"):
-        train.parse_args([])
-    train.parse_args(["--folder", "nowhere"])
+    for store, flags in (("1", []), ("0", ["--folder", "nowhere"])):
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", store)
+        with pytest.raises(ValueError, match="^torchrun --max-restarts: add --folder RUN, and .*"
+                                             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1$"):
+            train.parse_args(flags)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_others_and_a_restart_resumes(tmp_path, flags):
-    """One of two ranks gets a SIGKILL: the other ends within seconds, torchrun restarts both, and they go on from the newest
-    checkpoint to the end, at the first try, although the killed one comes back later than the other and its old address is
-    still in torchrun's store; then one process goes on with what two began, and says so."""
-    run, late = tmp_path / "run", tmp_path / "late.py"
-    late.write_text("import os, runpy, time\n"
-                    "time.sleep(4 * int(os.environ['RANK']) * int(os.environ['TORCHELASTIC_RESTART_COUNT']))\n"
-                    f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
-    with Job(tmp_path, *flags, "--epochs", 30, "--folder", run, torchrun=["--max-restarts=1"], code=late) as job:
-        job.until(lambda: len(checkpoints(run)) >= 2)
-        before, old = time.monotonic(), job.ranks()
-        os.kill(old[1], signal.SIGKILL)
-        job.until(lambda: len(job.ranks()) == 2 and not set(job.ranks()) & set(old))
-        assert time.monotonic() - before < 40
-        step = int(checkpoints(run)[-1].stem[-8:])
+@pytest.mark.parametrize("lost", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_others_and_a_restart_resumes(tmp_path, patched_run, lost):
+    """One of two ranks is killed or hangs: the other ends within seconds, or soon after the limit
+    with one line; torchrun kills one that hangs after 30 seconds of its own and restarts both. They
+    go on at the first try, although one comes back late. One process then goes on, and says so."""
+    run, limit = tmp_path / "run", 12 if lost == signal.SIGSTOP else 600
+    env = dict(RANK_TIMEOUT_SECONDS=str(limit), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    with patched_run("late", "--epochs", 30, torchrun=["--max-restarts=1"], **env) as job:
+        job.until(lambda: len(checkpoints(run)) > 1)
+        old = job.ranks()
+        os.kill(old[1], lost)
+        if lost == signal.SIGSTOP:
+            job.until(lambda: errors(job.text()), seconds=30)
+            assert re.fullmatch(r"error: rank 0 lost another process, which died or hangs "
+                                r"\(.*[Tt]im.*\); go on with --resume", errors(job.text())[0])
+        job.until(lambda: len(job.ranks()) == 2 and not set(job.ranks()) & set(old), seconds=50)
         assert job.process.wait(120) == 0, job.text()[-4000:]
-        assert len(re.findall("^epoch 1: ", job.text(), re.MULTILINE)) == 1 and step >= 4
-    assert load_checkpoint(run)[0]["epoch"] == 30
-    done = run_ok("train.py", "--resume", run, "--epochs", 31, cwd=tmp_path)
-    assert "2 processes up to step 60, 1 from here" in done.stdout
-
-
-@pytest.mark.slow
-def test_a_stopped_rank_ends_the_job_in_bounded_time(tmp_path, flags):
-    """One of two ranks is stopped by a SIGSTOP: with a limit of 8 seconds the other ends within that and a little, with one line,
-    and torchrun kills the stopped one within its own 30 seconds; the run resumes."""
-    run = tmp_path / "run"
-    with Job(tmp_path, *flags, "--epochs", 500, "--folder", run, env={"RANK_TIMEOUT_SECONDS": "8"}) as job:
-        job.until(lambda: len(checkpoints(run)) >= 2)
-        os.kill(job.ranks()[1], signal.SIGSTOP)
-        before = time.monotonic()
-        job.until(lambda: errors(job.text()), seconds=25)
-        assert re.fullmatch(r"error: rank 0 lost another process, which died or hangs \(.*[Tt]im.*\); go on with --resume",
-                            errors(job.text())[0])
-        assert job.process.wait(60) != 0 and time.monotonic() - before < 70
-    step = load_checkpoint(run)[0]["step"]
-    run_ok("train.py", "--resume", run, "--max-steps", step + 1, cwd=tmp_path)
+    assert len(re.findall("^epoch 1: ", job.text(), re.M)) == 1 and newest(run)["epoch"] == 30
+    said = run_ok("train.py", "--resume", run, "--epochs", 31).stdout
+    assert "2 processes up to step 60, 1 from here" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c(tmp_path, flags, harness, times):
-    """Ctrl-C under torchrun: once, the update of ten seconds that is under way is finished, and the run saves and stops; a second
-    one stops all processes at once."""
-    run = tmp_path / "run"
-    with Job(tmp_path, *flags, "--epochs", 1000, "--save-every", 1000, "--folder", run, code=harness,
-             env={"SLOW_AFTER": "4"}) as job:
+def test_ctrl_c(tmp_path, patched_run, times):
+    """Ctrl-C under torchrun: once, the update of ten seconds that is under way is finished, and the
+    run saves and stops; a second one stops all processes at once."""
+    with patched_run("slow", "--epochs", 1000, "--save-every", 1000) as job:
         job.until(lambda: "slow" in job.text())
         ranks = job.ranks()
         for _ in range(times):
@@ -506,185 +403,112 @@ def test_ctrl_c(tmp_path, flags, harness, times):
             before = time.monotonic()
             time.sleep(2)
         job.process.wait(60)
-        seconds, text = time.monotonic() - before, job.text()
-        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    assert bool(checkpoints(run)) == (times == 1), text[-4000:]
+        seconds = time.monotonic() - before
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
     if times == 1:
-        assert "to go on: train.py --resume" in text and load_checkpoint(run)[0]["step"] >= 4
+        assert "; to go on: train.py --resume run\n" in job.text()
+        assert newest(tmp_path / "run")["step"] > 3
     else:
-        assert seconds < 8
+        assert seconds < 8 and not checkpoints(tmp_path / "run"), job.text()[-4000:]
 
 
 @pytest.mark.slow
 def test_kill_many_short(tmp_path):
-    """The long script's short version: six SIGKILLs of the real train.py, two processes, nothing lost, the same weights."""
-    done = subprocess.run([sys.executable, ROOT / "tests" / "kill_many.py", "--kills", "6", "--epochs", "12"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0 and re.search(r"^6 kills, .* 0 damaged", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    """Six SIGKILLs of the real train.py, two processes: nothing lost, the same weights."""
+    with Job(tmp_path, "--kills", 6, "--epochs", 12, script="tests/kill_many.py",
+             processes=1) as job:
+        job.process.wait(500)
+    assert re.search("^6 kills, .* 0 damaged, in .* s$", job.text(), re.M), job.text()
 
 
 # Files made to harm
 
 
 class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
+    """Makes the folder `crater` when it is unpickled."""
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, ("crater",)
 
 
-def test_pickle_bomb_as_checkpoint(tmp_path):
-    """A checkpoint that carries a pickle bomb, in torch's zip format, in the old format or bare, is refused and does not run; an
-    unsafe load of the same bytes shows that it is live."""
-    crater = tmp_path / "crater"
-    files = [tmp_path / f"{kind}.pt" for kind in ("zip", "old", "bare")]
-    torch.save(dict(PAYLOAD, extra=Bomb(crater)), files[0])
-    torch.save(dict(PAYLOAD, extra=Bomb(crater)), files[1], _use_new_zipfile_serialization=False)
-    files[2].write_bytes(pickle.dumps(dict(PAYLOAD, extra=Bomb(crater))))
-    for path in files:
-        with pytest.raises(ValueError, match=f"checkpoint {path}: cannot be read"):
+def test_pickle_bombs(tmp_path, monkeypatch):
+    """A pickle bomb as a checkpoint or as Inception weights, in torch's zip format, the old one or
+    bare, is refused and does not run. An unsafe load of the same bytes shows that it is live."""
+    monkeypatch.chdir(tmp_path)
+    payload = dict(unet={}, ema={}, config={}, step=0, epoch=0, extra=Bomb())
+    torch.save(payload, "zipped")
+    torch.save(payload, "old", _use_new_zipfile_serialization=False)
+    Path("bare").write_bytes(pickle.dumps(payload))
+    for path in ("zipped", "old", "bare"):
+        with pytest.raises(ValueError, match=f"^checkpoint {path}: cannot be read "):
             load_checkpoint(path)
-        assert not crater.exists()
-    torch.load(files[0], weights_only=False)
-    assert crater.exists()
+        with pytest.raises(FileNotFoundError, match=f"^--inception-weights {path}: "):
+            evaluate.Inception("2048", path, "cpu")
+    assert not os.path.exists("crater")
+    torch.load("zipped", weights_only=False)
+    assert os.path.exists("crater")
 
 
-def test_pickle_bomb_as_reference_statistics(tmp_path):
-    """A bomb where evaluate.py keeps its reference statistics, and one as Inception weights, are refused and do not run."""
-    import evaluate
-    crater = tmp_path / "crater"
-    made_of = dict(network="x")
-    place = tmp_path / f"reference_inception_{evaluate.hash_of([made_of])[:16]}.npz"
-    np.savez(place, moments=np.array([Bomb(crater)], dtype=object), features=np.zeros((1, 2)))
-    network = type("Network", (), dict(name="inception", dim=2))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        evaluate.reference_statistics(network, None, made_of, tmp_path, ONE, 1)
-    assert not crater.exists()
-    torch.save(Bomb(crater), tmp_path / "weights.pth")
-    with pytest.raises(FileNotFoundError, match="--inception-weights"):
-        evaluate.Inception("2048", str(tmp_path / "weights.pth"), "cpu")
-    assert not crater.exists()
-    np.load(place, allow_pickle=True)["moments"]
-    assert crater.exists()
-
-
-def test_a_packed_checkpoint_cannot_unfold(tmp_path):
-    """A checkpoint of a few kilobytes whose compressed member would unfold to a thousand times that is refused unread."""
-    path = tmp_path / "bomb.pt"
-    save_checkpoint(PAYLOAD, path)
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open("bomb/data/9", "w") as member:
-        for _ in range(64):
-            member.write(bytes(2**20))
+def test_packed_bombs(tmp_path):
+    """A checkpoint's compressed member that unfolds to a thousand times its size is refused unread,
+    and so is one of hundreds of megabytes in a .zip of pictures, whatever packed size it states."""
+    path, pictures = write(tmp_path), tmp_path / "pictures.zip"
+    for place, name in ((path, "bomb/data/9"), (pictures, "a.png")):
+        with zipfile.ZipFile(place, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(name, bytes(300 * 2**20))
+            archive.writestr("captions.txt", "image,caption\na.png,fine\n")
     with pytest.raises(ValueError, match="not written by torch.save"):
         load_checkpoint(path)
+    source = CaptionedImages(pictures)
+    for stated in (300 * 2**10, 2**40):
+        source.files.opened_zip().getinfo("a.png").compress_size = stated
+        with pytest.raises(UnreadableImage, match="a zip bomb"):
+            source.image(0, 3, 8)
 
 
-def test_captions_reach_no_file_outside(tmp_path):
-    """Linked files that lead out of the folder, `..`, absolute names and zip members with such names give no outside bytes; a
-    link within the folder works."""
-    outside = tmp_path / "secret.png"
-    Image.new("RGB", (8, 8), "red").save(outside)
-    folder = tmp_path / "set"
-    folder.mkdir()
-    Image.new("RGB", (8, 8), "blue").save(folder / "a.png")
-    os.symlink(outside, folder / "link.png")
-    os.symlink("a.png", folder / "inner.png")
-    (folder / "captions.txt").write_text("image,caption\na.png,fine\nlink.png,stolen\ninner.png,fine\n")
+def test_links_reach_no_file_outside(tmp_path):
+    """Links that lead out of the data folder give no outside bytes, as a picture or as captions;
+    one within works."""
+    folder = make_pictures(tmp_path / "set", 1)
+    shutil.copy(folder / "Images/000.jpg", tmp_path / "outside.png")
+    os.symlink("../outside.png", folder / "link.png")
+    os.symlink("Images/000.jpg", folder / "inner.png")
+    (folder / "captions.txt").write_text("image,caption\nlink.png,stolen\ninner.png,fine\n")
     source = CaptionedImages(folder)
+    source.image(1, 3, 8)
     with pytest.raises(UnreadableImage, match="'link.png' .*a link out of the data folder"):
-        source.image(1, 3, 8)
-    assert source.image(2, 3, 8).getpixel((4, 4)) == (0, 0, 255)
-    os.symlink(tmp_path / "captions.txt", folder / "metadata.csv")
-    (tmp_path / "captions.txt").write_text("file_name,text\na.png,secret text\n")
+        source.image(0, 3, 8)
+    (tmp_path / "captions.txt").write_text("file_name,text\nlink.png,secret text\n")
+    os.symlink("../captions.txt", folder / "metadata.csv")
     with pytest.raises(ValueError, match="metadata.csv is not as expected: .*a link out of"):
         CaptionedImages(folder)
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.write(outside, "../secret.png")
-        archive.write(outside, "/secret.png")
-        archive.write(folder / "a.png", "a.png")
-        archive.writestr("captions.txt", "image,caption\na.png,fine\n../secret.png,x\n/secret.png,y\n")
-    before = set(tmp_path.rglob("*"))
-    source = CaptionedImages(tmp_path / "set.zip", max_missing=0.5)
-    for i in range(len(source)):
-        source.image(i, 3, 8)    # bytes of the archive itself; nothing is ever unpacked
-    assert set(tmp_path.rglob("*")) == before
-
-
-def test_zip_bombs(tmp_path):
-    """A member that unfolds to 100 times its size and hundreds of megabytes is refused, as an image and as a captions file, also
-    where it declares a false packed size."""
-    path = tmp_path / "bomb.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("captions.txt", "image,caption\na.png,fine\n")
-        with archive.open("a.png", "w") as member:
-            for _ in range(300):
-                member.write(bytes(2**20))
-    with pytest.raises(UnreadableImage, match="a zip bomb"):
-        CaptionedImages(path).image(0, 3, 8)
-    source = CaptionedImages(path)
-    source.files.archive.getinfo("a.png").compress_size = 2**40
-    with pytest.raises(UnreadableImage, match="a zip bomb"):
-        source.image(0, 3, 8)
 
 
 def test_class_names_and_captions_are_only_text(tmp_path):
-    """Folder names with format fields stay as they are; captions that are no text, or half characters, are refused or mended."""
+    """Folder names with format fields stay as they are; captions that are no text are refused, and
+    half characters mended."""
     for name in ("{0.__class__}", "{}", "b"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / "x.png")
     source = CaptionedImages(tmp_path, "{0.__init__} a {}")
-    assert {source.captions(i)[0] for i in range(3)} == {"{0.__init__} a {0. class }", "{0.__init__} a {}", "{0.__init__} a b"}
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b/x.png", "text": "half \\ud800 of it"}\n')
+    assert set(source.texts) == {f"{{0.__init__}} a {name}" for name in ("{0. class }", "{}", "b")}
+    table = tmp_path / "metadata.jsonl"
+    table.write_text('{"file_name": "b/x.png", "text": "half \\ud800 of it"}\n')
     assert CaptionedImages(tmp_path).captions(0) == ["half ? of it"]
-    for text in ('{"file_name": 5, "text": "x"}', '{"file_name": "b/x.png", "text": [7]}', "[" * 100000, "5"):
-        (tmp_path / "metadata.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="metadata.jsonl is not as expected"):
-            CaptionedImages(tmp_path)
+    table.write_text('{"file_name": "b/x.png", "text": [7]}')
+    with pytest.raises(ValueError, match="metadata.jsonl is not as expected: TypeError: .+"):
+        CaptionedImages(tmp_path)
 
 
 def test_pictures_are_told_by_content_and_run_nothing(tmp_path):
-    """PostScript named .jpg, which Pillow would hand to Ghostscript, is refused; so is any format that is not on the list."""
-    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) print\n%%EOF\n")
-    Image.new("RGB", (4, 4)).save(tmp_path / "b.ppm")
-    os.rename(tmp_path / "b.ppm", tmp_path / "b.png")
-    Image.new("RGB", (4, 4)).save(tmp_path / "c.png")
-    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,x\nb.png,x\nc.png,x\n")
+    """PostScript named .jpg, which Pillow would hand to Ghostscript, is refused, and so is any
+    format that is not on the list."""
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"
+                                    "%%EndComments\n(x) print\n%%EOF\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png", "ppm")
+    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,x\nb.png,x\n")
     source = CaptionedImages(tmp_path)
-    for i in (0, 1):
-        with pytest.raises(UnreadableImage, match="cannot identify image file"):
+    for i, name in enumerate(("a.jpg", "b.png")):
+        Image.open(tmp_path / name)   # Pillow alone would take it
+        with pytest.raises(UnreadableImage, match=f"{name}' .*cannot identify image file"):
             source.image(i, 3, 8)
-    source.image(2, 3, 8)
-
-
-@pytest.mark.slow
-def test_captions_reach_neither_tensorboard_text_nor_file_names(tmp_path, photos, clip):
-    """Captions with HTML, path separators, terminal codes and shell commands train and are sampled: TensorBoard's text holds none
-    of them, no file is made of them, and the command that is printed for copying quotes them."""
-    import shlex
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    folder = tmp_path / "set"
-    shutil.copytree(photos, folder)
-    evil = "<script>alert(1)</script> ../../../evil $(touch pwned) `touch pwned` \x1b[2J 'x"
-    lines = [f'{i:03d}.jpg,"{evil} {i}"' for i in range(24)]
-    (folder / "captions.txt").write_text("\n".join(["image,caption", *lines]))
-    done = run_ok("train.py", "--data", folder, "--text-encoder", clip, "--vae", "none", "--preset", "tiny", "--resolution", 16,
-                  "--batch-size", 8, "--epochs", 1, "--log-every", 1, "--device", "cpu", "--workers", 0,
-                  "--folder", tmp_path / "run", cwd=tmp_path)
-    line, = [line for line in done.stdout.splitlines() if line.startswith("draw pictures: ")]
-    assert shlex.split(line)[-1].startswith(evil.replace("\x1b", "")) and "\x1b" not in line
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    text = b"".join(s for e in events.Tensors("config/text_summary") for s in e.tensor_proto.string_val)
-    assert b"script" not in text and all(line.startswith("    ") for line in text.decode().splitlines())
-    assert {re.sub(r"\d+.*", "", path.name) for path in (tmp_path / "run").iterdir()} == {
-        ".lock", "checkpoint_epoch", "config.json", "events.out.tfevents.", "samples_epoch", "stop"}
-
-
-def test_builtin_pictures_need_no_replacement():
-    """The built-in pictures pass through the same rule untouched."""
-    source = BuiltinShapes(16, count=10)
-    number, picture, passed = first_readable(source, np.arange(10), 4, 3, 16)
-    assert (number, passed) == (4, []) and (picture == source.pictures[4]).all()
