@@ -193,7 +193,7 @@ class Files:
         """All names with forward slashes. Hidden files and linked folders are left out."""
         found = []
         for folder, folders, files in os.walk(self.root) if self.root else ():
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             found += [os.path.relpath(f"{folder}/{name}", self.root) for name in sorted(files)]
         if not self.root:
             found = [name for name in self.opened_zip().namelist() if not name.endswith("/")]
@@ -226,16 +226,16 @@ class Files:
 
 def read_table(file):
     """(image, caption) pairs of a CSV file with a header such as `image,caption`."""
-    rows = csv.DictReader(file, restkey="rest", strict=True)
+    rows = csv.DictReader(file, strict=True)
     header = rows.fieldnames = [column.strip().lower() for column in rows.fieldnames or []]
     image, text = (next((column for column in names if column in header), None)
                    for names in COLUMNS.values())
     if not (image and text):
         raise ValueError(f"header {','.join(header)[:80]!r}: must name one of each of {COLUMNS}")
     for row in rows:
-        if "rest" in row and header[-1] == text:   # a caption with commas, not quoted
-            row[text] = ",".join([row[text], *row.pop("rest")])
-        if "rest" in row or None in row.values():
+        if None in row and header[-1] == text:   # a caption with commas, not quoted
+            row[text] = ",".join([row[text], *row.pop(None)])
+        if None in row or None in row.values():
             raise ValueError(f"line {rows.line_num} has not the header's {len(header)} columns")
         yield row[image].strip(), row[text]
 
@@ -600,6 +600,10 @@ def cache_latents(folder, source, config, latent_shape, encode, write, flip=Fals
     """
     count, rank, ranks = len(source), dist.get_rank(), dist.get_world_size()
     size = min(256, max(16, count // 64))   # images a file: depends on the count alone
+    for leftover in folder.glob(".*.tmp") if rank == 0 else ():
+        with suppress(FileNotFoundError):   # of a killed job: a file is written in seconds
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
     shape, load_image = (1 + flip, 2, *latent_shape), image_loader(source, config)
     files = {folder / f"latents_{start // size:05d}.npy": range(start, min(start + size, count))
              for start in range(0, count, size)}

@@ -331,6 +331,8 @@ class TextEncoder(nn.Module):
             return self.features[rows.to(self.features.device, non_blocking=True)]
         tokens = self.tokenizer(list(captions), padding="max_length", truncation=True,
                                 max_length=self.token_length, return_tensors="pt").input_ids
+        if self.clip.device.type == "cuda":   # else the copy would wait for the GPU's work
+            tokens = tokens.pin_memory()
         with torch.autocast(self.clip.device.type, enabled=False):   # in training as in sampling
             return self.clip(tokens.to(self.clip.device, non_blocking=True)).last_hidden_state
 

@@ -506,12 +506,13 @@ def make_run_folder(args, checkpoint_path):
 
 
 def take_over(folder):
-    """Lock the run folder until this process ends, and remove what a killed run left half-written.
+    """Lock the run folder for as long as the returned file is held, and remove what a killed run
+    left half-written.
 
     A POSIX lock ends with its process, however that ends; loader workers do not inherit it; NFS has
-    it. Nobody closes the file, as that would give up the lock.
+    it.
     """
-    lock = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)
+    lock = open(folder / ".lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -521,11 +522,12 @@ def take_over(folder):
         warnings.warn(f"--folder {folder}: cannot be locked ({error}); let only one job use it")
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
+    return lock
 
 
 def open_run_folder(folder, record, step):
-    """The main rank's SummaryWriter in the run folder, which is then this run's alone."""
-    take_over(folder)
+    """(SummaryWriter, lock) of the run folder, for the main rank."""
+    lock = take_over(folder)
     # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
     threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
                             or threading.__excepthook__(died))
@@ -534,7 +536,7 @@ def open_run_folder(folder, record, step):
     text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
     models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
     writer.add_text("config", "    " + text.replace("\n", "\n    "), step)
-    return writer
+    return writer, lock
 
 
 @contextmanager
@@ -576,9 +578,9 @@ def print_start(args, model, order, counts, folder, dtype):
 
 def end_run(args, state, folder, writer, prompt):
     with tolerate_disk_faults("curves"):
-        writer.close()
         if state.epoch == args.epochs or state.step == args.max_steps:
             (folder / "stop").touch()   # tells whoever started this that nothing is left to do
+        writer.close()
     if state.epoch < args.epochs:
         print(f"stopped after {state.step} steps; to go on: train.py --resume {folder}")
         return
@@ -608,7 +610,7 @@ class StepLog:
 
     def report(self, state, lr):
         """Write the means to TensorBoard; returns a short text for the progress bar. Raises:
-        ValueError on all ranks where no update was finite, for 20 of them at least."""
+        ValueError on all ranks after 20 updates, in whole log intervals, without a finite one."""
         steps = state.step - self.step
         loss, norm, made = all_reduced(state.recent).tolist()
         skipped = steps - made / dist.get_world_size()
@@ -707,9 +709,11 @@ def main(argv=None):
                   fingerprint=source.fingerprint, args={
                       name: value for name, value in vars(args).items()
                       if name not in ("resume", "folder", "max_steps", "time_limit")})
-    writer = open_run_folder(folder, record, state.step) if is_main else None
+    # Held as long as main runs, the lock keeps other jobs out.
+    writer, _lock = open_run_folder(folder, record, state.step) if is_main else (None, None)
     print_start(args, model, order, (len(train_images), len(val_images)), folder, dtype)
 
+    max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)
     stop = StopRequest(folder / "stop", deadline, args.max_steps, state.step)
     while state.epoch < args.epochs and not stop.agreed:
@@ -735,13 +739,15 @@ def main(argv=None):
                     errors = diffusion_loss(net, model, batch, args.min_snr_gamma, args.snr_floor)
                 # Micro-batches are of equal size: the mean of their means is the batch's mean.
                 loss = errors.mean() / args.accumulation
-                # An infinite loss may have finite gradients: make them NaN, and so all ranks skip.
+                # An infinite loss may have finite gradients: make them NaN.
                 loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
                 state.scaler.scale(loss).backward()
                 step_loss += loss.detach()
+            # The scaler leaves weights and moments alone where a gradient is not finite. NaN has
+            # come to all ranks with DDP's average, so that they all do.
             state.scaler.unscale_(state.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(state.weights, args.max_grad_norm)
-            state.scaler.step(state.optimizer)   # nothing where a gradient is not finite
+            norm = torch.nn.utils.clip_grad_norm_(state.weights, max_norm)
+            state.scaler.step(state.optimizer)
             state.scaler.update(None if state.is_scaled else 1.0)
             state.optimizer.zero_grad(set_to_none=True)
             state.count_update(step_loss, norm)

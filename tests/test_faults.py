@@ -89,7 +89,7 @@ def test_a_second_job_is_refused_and_leftovers_go(tmp_path):
     """While one process holds a run folder another is refused in one line; a SIGKILL frees it,
     though a child that the process had forked lives on; what it left half-written is removed."""
     script, run = tmp_path / "hold.py", tmp_path / "run"
-    script.write_text("import os, pathlib, time, train\ntrain.take_over(pathlib.Path('run'))\n"
+    script.write_text("import os, pathlib, time, train\n_ = train.take_over(pathlib.Path('run'))\n"
                       "os.fork() or time.sleep(15) or os._exit(0)\n"
                       "print('held', flush=True)\ntime.sleep(60)")
     run.mkdir()
