@@ -19,22 +19,27 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
+import tarfile
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
+from functools import lru_cache
 from itertools import chain, product, zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -130,7 +135,7 @@ def draw(scene, resolution, rng):
 class BuiltinShapes:
     """Pictures of the trained scenes with their captions, drawn once and kept in memory."""
 
-    fingerprint = "built-in"
+    fingerprint, validation, report = "built-in", (), {}
 
     def __init__(self, resolution, count=8192):
         scenes = [scene for scene in SCENES if not is_held_out(scene)]
@@ -154,12 +159,14 @@ class BuiltinShapes:
 
 # Captioned images on disk
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Formats are told by content; others, such as PostScript, may run programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items()
+            if kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")}
+IMAGE_SUFFIXES, FORMATS = tuple(SUFFIXES), sorted(set(SUFFIXES.values()))
+SRGB = ImageCms.createProfile("sRGB")
+TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".token", ".json", ".jsonl", ".ndjson")
 # The file system's fault, not the file's.
 OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
-COLUMNS = {"image": ("file_name", "image", "image_name"), "caption": ("text", "caption", "comment")}
 
 
 class UnreadableImage(ValueError):
@@ -180,170 +187,463 @@ class PackedStrings:
         return self.buffer[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
+def folder_files(root):
+    """Names of a folder's files. Links are followed, but no folder is entered twice, so that a
+    circle of links ends."""
+    entered = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        identity = os.stat(folder).st_dev, os.stat(folder).st_ino
+        folders[:] = sorted(set(folders) if identity not in entered else ())
+        if identity not in entered:
+            entered.add(identity)
+            yield from (os.path.join(folder, name)[len(root) + 1:] for name in files)
+
+
+# What is kept of a file in a .zip; of one in a .tar only the first two differ from 0.
+PLACE = ("header_offset", "file_size", "compress_size", "CRC", "compress_type", "flag_bits")
+
+
+def archive_files(path):
+    """(name, *PLACE) of the files in a .zip or .tar."""
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    with zipfile.ZipFile(path) if is_zip else tarfile.open(path, "r:") as archive:
+        for file in archive.infolist() if is_zip else archive:
+            if not is_zip and file.isreg() and not file.issparse():
+                yield file.name, file.offset_data, file.size, 0, 0, 0, 0
+            elif is_zip and not file.is_dir():
+                with suppress(UnicodeError):   # not marked as UTF-8, which it often is
+                    if not file.flag_bits & 0x800:
+                        file.filename = file.filename.encode("cp437").decode()
+                yield file.filename, *(getattr(file, field) for field in PLACE)
+
+
+@lru_cache(maxsize=64)
+def open_archive(path, process):
+    """One for each process: forked loader workers must not share a position in the file."""
+    return open(path, "rb")
+
+
 class Files:
-    """The files of a folder, or of a .zip that is read in place, by their relative names."""
+    """The files of a folder, a .zip, a .tar or a folder of .tar shards, by number. Archives are
+    read in place: all that is kept of them is where their files lie."""
 
-    def __init__(self, path):
-        self.path, self.archive, self.owner = Path(path), None, None
-        if not self.path.exists():
-            raise FileNotFoundError(f"--data {path}: no such folder or .zip file")
-        self.root = self.path.resolve() if self.path.is_dir() else None
+    def __init__(self, path, flag="--data"):
+        self.root, plain = Path(path), []
+        self.archives = [self.root]
+        if self.root.is_dir():
+            plain = list(folder_files(str(self.root)))
+            has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in plain)
+            self.archives = [self.root / name for name in sorted(plain)
+                             if name.lower().endswith(".tar") and not has_images]
+        elif self.root.suffix.lower() in TEXT_SUFFIXES:   # captions alone
+            self.root, plain, self.archives = self.root.parent, [self.root.name], []
+        found = {name: [-1] * 7 for name in plain}
+        try:
+            for number, archive in enumerate(self.archives):
+                shard = f"{archive.relative_to(self.root)}/" if plain else ""
+                for name, *place in archive_files(archive):
+                    name = name.replace("\\", "/").removeprefix("./")
+                    found[shard + name] = [number, *place]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{flag} {path}: no such folder, .zip or .tar") from None
+        except Exception as error:   # zipfile and tarfile raise a dozen kinds on damaged bytes
+            raise ValueError(f"{flag} {path}: no folder, whole .zip or .tar (unpack a compressed "
+                             f"one): {error}") from None
+        hidden = re.compile(r"(.*/)?(\.|__MACOSX).*", re.DOTALL)
+        # By name, so that a folder, a .zip and a .tar of it give the same samples.
+        self.names = sorted((name for name in found if not hidden.fullmatch(name)),
+                            key=lambda name: name.split("/"))
+        self.places = np.array([found[name] for name in self.names], np.int64).reshape(-1, 7)
 
-    def names(self):
-        """All names with forward slashes. Hidden files and linked folders are left out."""
-        found = []
-        for folder, folders, files in os.walk(self.root) if self.root else ():
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [os.path.relpath(f"{folder}/{name}", self.root) for name in sorted(files)]
-        if not self.root:
-            found = [name for name in self.opened_zip().namelist() if not name.endswith("/")]
-        return [name for name in found
-                if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+    def keep(self, numbers):
+        """Forget all files but these. They are numbered anew, in this order."""
+        self.names = PackedStrings(self.names[k] for k in numbers)
+        self.places = self.places[numbers]
 
-    def open(self, name):
-        """A file for reading bytes. Nothing outside the data is ever opened."""
-        if self.root:
-            path = (self.root / name).resolve()
-            if not path.is_relative_to(self.root) or path.exists() and not path.is_file():
-                raise ValueError("a link out of the data folder, or no ordinary file")
+    def open(self, number):
+        """A file for reading bytes. Nothing but the listed files is ever opened."""
+        archive, *place = map(int, self.places[number])
+        if archive < 0:
+            path = self.root / self.names[number]
+            if path.exists() and not path.is_file():
+                raise ValueError("no ordinary file")
             return open(path, "rb")
-        member = self.opened_zip().getinfo(name)
-        packed = min(member.compress_size, self.path.stat().st_size)
+        file = open_archive(self.archives[archive], os.getpid())
+        member = zipfile.ZipInfo()
+        for field, value in zip(PLACE, place):
+            setattr(member, field, value)
+        file.seek(member.header_offset)
+        if not any(place[2:]):
+            return io.BytesIO(file.read(member.file_size))
+        if member.flag_bits & 1:
+            raise ValueError("needs a password")
+        packed = min(member.compress_size, os.fstat(file.fileno()).st_size)
         if member.file_size > 100 * max(2**20, packed):
             raise ValueError("unfolds to over 100 times its size: a zip bomb")
-        return self.archive.open(member)
+        file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)   # its name, and more
+        return zipfile.ZipExtFile(file, "r", member)
 
-    def opened_zip(self):
-        try:
-            if not self.archive:
-                self.archive, self.owner = zipfile.ZipFile(self.path), os.getpid()
-            if self.owner != os.getpid():   # forked workers need a file position of their own
-                self.archive.fp, self.owner = open(self.path, "rb"), os.getpid()
-        except Exception as error:   # zipfile raises a dozen kinds on damaged bytes
-            raise ValueError(f"--data {self.path}: no folder or whole .zip: {error}") from None
-        return self.archive
+    def open_text(self, number):
+        return io.TextIOWrapper(self.open(number), "utf-8-sig", "replace", newline="")
 
 
-def read_table(file):
-    """(image, caption) pairs of a CSV file with a header such as `image,caption`."""
-    rows = csv.DictReader(file, strict=True)
-    header = rows.fieldnames = [column.strip().lower() for column in rows.fieldnames or []]
-    image, text = (next((column for column in names if column in header), None)
-                   for names in COLUMNS.values())
-    if not (image and text):
-        raise ValueError(f"header {','.join(header)[:80]!r}: must name one of each of {COLUMNS}")
-    for row in rows:
-        if None in row and header[-1] == text:   # a caption with commas, not quoted
-            row[text] = ",".join([row[text], *row.pop(None)])
-        if None in row or None in row.values():
-            raise ValueError(f"line {rows.line_num} has not the header's {len(header)} columns")
-        yield row[image].strip(), row[text]
+# Captions
 
 
-def read_flickr_tokens(file):
-    """(image, caption) pairs of `name.jpg#0<TAB>caption` lines, as Flickr8k and 30k come."""
-    for line in file:
-        name, tab, caption = line.partition("\t")
-        if tab:
-            yield name.rpartition("#")[0] or name, caption
+SPLITS = {"train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val",
+          "validation": "val", "dev": "val", "test": "test", "testing": "test"}
+# Columns of tables and keys of JSON; of several that are there the first counts.
+IMAGE_KEYS = ("file_name", "filename", "image", "image_name", "image_path", "img", "img_path",
+              "filepath", "file_path", "path", "file", "name", "image_id", "id", "key")
+CAPTION_KEYS = ("caption", "captions", "text", "prompt", "sentence", "sentences", "raw", "title",
+                "description", "comment")
+# Captions files that are read first, and that must not be damaged.
+USUAL = re.compile(r"(metadata|captions?)\.\w+|captions?_.*\.json|.*\.token(\.txt)?", re.I)
+# What may be wrong with a row, and what to do where that happens too often.
+MISSING = "named images that are not there or in several folders", "add them or drop captions"
+NOT_UTF8 = "images with captions that are not in UTF-8", "convert that file"
+BROKEN = "rows with too few or too many columns", "mend them"
+NO_FOLDER, EMPTY = ("named images of folders that are not there", ""), ("empty captions", "")
+HOW = ("give --captions FILE, --caption-column NAME or a --caption-template: {} in it stands for "
+       "an image's folder, one without {} serves all images, an empty one is no caption")
 
 
-def read_json_lines(file):
-    """(image, caption) pairs of {"file_name": ..., "text": one caption or several} lines."""
-    for row in map(json.loads, filter(str.strip, file)):
-        texts = row["text"] if "text" in row else row["caption"]
-        for text in [texts] if isinstance(texts, str) else texts:
-            yield row["file_name"], text
+def split_of(name):
+    """"train", "val" or "test" where a name says so, such as seg_train or captions_val2017."""
+    words = re.findall("[a-z]+", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
-def read_coco(file):
-    """(image, caption) pairs of a COCO captions_*.json file."""
-    content = json.load(file)
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    for annotation in content["annotations"]:
-        yield names[annotation["image_id"]], annotation["caption"]
+def splits_and_classes(folders):
+    """{folder: (its split or None, its class or "")}.
+
+    A level of folders stands for splits where all of its names do, or names of two splits are among
+    them, so that `train` among `bus` and `car` stays a class. Others are classes.
+    """
+    paths = {folder: [*(PurePosixPath(folder) / "image").parents][:-1] for folder in folders}
+    level = {}   # the splits that the folders beside one another stand for
+    for path in chain.from_iterable(paths.values()):
+        level.setdefault(path.parent, set()).add(split_of(path.name))
+
+    def is_split(path):
+        kinds = level[path.parent]
+        return None not in kinds or len(kinds) > 2 and split_of(path.name)
+
+    return {folder: (next((split_of(path.name) for path in inner if is_split(path)), None),
+                     next((path.name for path in inner if not is_split(path)), ""))
+            for folder, inner in paths.items()}
 
 
-CAPTION_FILES = [   # (pattern of the base name, reader), tried in this order
-    (r"metadata\.csv", read_table), (r"metadata\.jsonl", read_json_lines),
-    (r"captions\.(txt|csv)", read_table),
-    (r"(flickr\d+k|results_\d+)\.token(\.txt)?", read_flickr_tokens),
-    (r"captions_.*\.json", read_coco)]
+class ImageNames:
+    """Finds images by what captions files call them."""
+
+    def __init__(self, names):
+        self.names, self.tables = names, {}
+        self.folders = {name[:name.rfind("/") + 1] for name in names}   # with a slash, or ""
+        self.parts = set(chain.from_iterable(folder.split("/") for folder in self.folders))
+
+    def find(self, written, folder=""):
+        """The number of the image that a file in `folder` calls so, or None.
+
+        It is looked for beside the file, by its last folder and name and by its name alone; then
+        without suffixes. Nothing written is contradicted, and where images lie beside the file no
+        others are meant.
+        """
+        written = unicodedata.normalize("NFC", written.strip().replace("\\", "/"))
+        written = written.removeprefix("./")
+        for level in product((True, False), (0, 2, 1)):
+            if level[1] == 2 and "/" not in folder + written:
+                continue
+            number = self._table(level).get(shorten(folder + written, *level))
+            name = "" if number is None else self.names[number]
+            contradicts = level[1] == 1 and "/" in written and "/" in name
+            is_elsewhere = folder in self.folders and not name.startswith(folder)
+            if number is not None and not contradicts and not is_elsewhere:
+                return number
+        return None
+
+    def _table(self, level):
+        """{shortened name: number}, made when it is first needed."""
+        if level not in self.tables:
+            table = self.tables[level] = {}
+            for number, name in enumerate(self.names):
+                name = shorten(unicodedata.normalize("NFC", name), *level)
+                table[name] = None if name in table else number   # nobody knows which is meant
+        return self.tables[level]
+
+
+def shorten(name, suffixed, parts):
+    """The last so many parts of a path, 0: all, with or without an image's suffix."""
+    if not suffixed and name.lower().endswith(IMAGE_SUFFIXES):
+        name = name.rpartition(".")[0]
+    return "/".join(name.split("/")[-parts:])
+
+
+def pick_keys(keys, wanted):
+    """(key of the image, keys of its captions, keys that may hold other captions) of a table's
+    columns or a JSON row's keys; wanted: --caption-column. Raises: LookupError."""
+    image = next((key for key in IMAGE_KEYS if key in keys), None)
+    numbered = [k for k in keys if re.fullmatch(r"\w*(caption|text|sentence|comment)_?\d+", k)]
+    fitting = ([key for key in CAPTION_KEYS if key in keys] or numbered
+               or [key for key in keys if "caption" in key])
+    captions = fitting if fitting == numbered else fitting[:1]
+    if wanted:
+        captions = [key for key in keys if key == wanted.lower()]
+    if not (image and captions):
+        known = IMAGE_KEYS if not image else [wanted] if wanted else CAPTION_KEYS
+        raise LookupError(f"no column {', '.join(known[:4])} ... among {', '.join(keys)[:80]}")
+    return image, captions, [key for key in fitting if key not in captions]
+
+
+def texts_in(value):
+    """The captions in a cell: text, a list of texts or, as in Karpathy's files, {"raw": text}."""
+    if isinstance(value, str):   # within a table a list may be JSON
+        return texts_in(json.loads(value)) if value.startswith('["') else [value]
+    if isinstance(value, dict):
+        return texts_in(value["raw"])
+    if value is None or value != value:
+        return []
+    return [text for item in value for text in texts_in(item)]   # TypeError: a number
+
+
+def read_json(lines, is_whole):
+    """Rows of JSON lines or, as a whole, of a list of objects, alone or under any key, of COCO's
+    annotations, or of a map {image: its captions}."""
+    if not is_whole:
+        return (json.loads(line) for line in lines if line.strip())
+    content = json.loads("".join(lines))
+    if isinstance(content, list):
+        return content
+    if "annotations" in content:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        return [dict(image=names[note["image_id"]], caption=note["caption"])
+                for note in content["annotations"]]
+    lists = [rows for rows in content.values() if isinstance(rows, list) and rows
+             and isinstance(rows[0], dict)]
+    return lists[0] if lists else [dict(image=k, caption=v) for k, v in content.items()]
+
+
+def read_table(lines, find, wanted):
+    """Rows of comma-, semicolon-, tab- or pipe-separated lines below a header or, without one, of
+    `image,caption` or `image.jpg#0<TAB>caption` lines; None for a row that is broken."""
+    header = next(lines, "")
+    comma = next((delimiter for delimiter in "\t|;" if delimiter in header), ",")
+    keys, has_header = [key.strip(' "\r\n').lower() for key in header.split(comma)], True
+    try:
+        captions = pick_keys(keys, wanted)[1]
+    except LookupError:
+        first, _, rest = header.partition(comma)
+        if not rest or comma == "\t" and comma in rest or find(first.partition("#")[0]) is None:
+            raise
+        has_header, keys, captions = False, ["image", "caption"], ["caption"]
+    quoting = csv.QUOTE_MINIMAL if has_header or comma == "," else csv.QUOTE_NONE
+    for row in csv.DictReader(lines if has_header else chain([header], lines), keys, strict=True,
+                              delimiter=comma, quoting=quoting):
+        if None in row and keys[-1:] == captions:   # a caption with commas, not quoted
+            row[keys[-1]] = comma.join([row[keys[-1]], *row.pop(None)])
+        yield None if None in row or None in row.values() else row
+
+
+class Table:
+    """What one captions file says of the images, or all files beside them of one kind."""
+
+    def __init__(self, name):
+        self.name, self.files, self.line, self.names = name, [], 0, {}
+        self.captions, self.splits, self.faults = {}, {}, {}   # by image number; by what is wrong
+
+    def read(self, images, text, folder, wanted):
+        """Add the rows of a captions file of any usual kind. Raises: many kinds of errors where it
+        is damaged, LookupError where it is no captions file."""
+        def lines():
+            for self.line, line in enumerate(text, 1):   # in which a fault is met
+                yield line
+
+        keys, suffix = None, os.path.splitext(self.name)[1].lower()
+        for row in (read_json(lines(), suffix == ".json") if "json" in suffix
+                    else read_table(lines(), images.find, wanted)):
+            row = {str(key).strip().lower(): value for key, value in (row or {}).items()}
+            image, captions, others = keys = keys or pick_keys(list(row), wanted)
+            if image not in row:
+                self.faults.setdefault(BROKEN, {})[f"line {self.line}"] = None
+                continue
+            written = re.sub(r"(\.\w+)#\d+$", r"\1", str(row[image]).strip())
+            if image == "filename" and "filepath" in row:   # Karpathy's COCO
+                written = f"{row['filepath']}/{written}"
+            texts = [text for key in captions for text in texts_in(row.get(key))]
+            self.add(images, folder, written, texts, row.get("split"))
+        if keys and keys[2]:
+            self.name += f" ({keys[1][0]}; --caption-column {keys[2][0]} takes the other)"
+
+    def add(self, images, folder, written, texts, split=None):
+        """The captions of the image that a file in `folder` calls so; returns its number."""
+        number, split = images.find(written, folder), split_of(str(split))
+        # JSON may hold half characters.
+        texts = [" ".join(t.encode("utf-8", "replace").decode().split()) for t in texts]
+        kept = [text for text in texts if text.lower() not in ("", "nan")]
+        fault = None
+        # Of two names for one image, one means another that is not there.
+        if number is None or self.names.setdefault(number, written) != written:
+            is_known = images.parts.issuperset(written.replace("\\", "/").split("/")[-2:-1])
+            number, fault = None, None if split == "test" else MISSING if is_known else NO_FOLDER
+        elif len(kept) < max(1, len(texts)):
+            fault = EMPTY
+        elif any("\ufffd" in text for text in kept):
+            fault = NOT_UTF8
+        if fault:
+            self.faults.setdefault(fault, {})[written] = None
+        if number is not None and kept:
+            self.captions.setdefault(number, []).extend(kept)
+            self.splits.setdefault(number, split)
+        return number
+
+
+def choose(tables):
+    """Those that name most images. Two that name the same image are never both taken."""
+    taken = []
+    for table in sorted(tables, key=lambda table: -len(table.captions)):
+        if table.captions and all(table.captions.keys().isdisjoint(other.captions)
+                                  for other in taken):
+            taken.append(table)
+    return [table for table in tables if table in taken]
 
 
 class CaptionedImages:
-    """Images with one or more captions each, in a folder or a .zip.
+    """Images with one or more captions each, in a folder, a .zip or .tar files.
 
-    Images are in the order in which the captions file first names them (or by name, with one
-    sub-folder per class). A caption's image is looked for beside the captions file and then by its
-    base name anywhere in the data; only listed files can be named, so nothing leads outside.
+    Images are in the order in which the captions file first names them (or by name). Captions can
+    name listed files only, so nothing leads outside. `report` says what was understood.
     """
 
-    def __init__(self, path, caption_template="a photo of a {}", max_missing=0.01):
-        """Raises: FileNotFoundError, ValueError with one line that names the file and the fix."""
+    def __init__(self, path, template=None, max_missing=0.01, captions=None, column=None):
+        """template: --caption-template; captions: a file, folder or .zip with them elsewhere;
+        column: --caption-column. Raises: FileNotFoundError, ValueError with one line that names
+        the file and the fix."""
         self.path, self.files = Path(path), Files(path)
-        captions = self._read_captions(caption_template, max_missing)   # {image name: captions}
-        self.names = PackedStrings(captions)
-        self.texts = PackedStrings(chain.from_iterable(captions.values()))
-        self.first = np.cumsum([0, *map(len, captions.values())])   # image i's first text
+        listed = self.files.names
+        numbers = [k for k, name in enumerate(listed) if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not numbers:
+            raise ValueError(f"--data {path}: no images among {len(listed)} file(s), such as "
+                             f"{(listed or [None])[0]}; name a .zip itself, unpack a compressed "
+                             ".tar; for parquet, arrow, npz or idx see README.md's recipe")
+        images = ImageNames([listed[k] for k in numbers])
+        places = splits_and_classes({name.rpartition("/")[0] for name in images.names})
+        places = [places[name.rpartition("/")[0]] for name in images.names]
+        tables, tried = [], {}
+        if template is None or "{}" in template:
+            source = Files(captions, "--captions") if captions else self.files
+            tables, tried = self._read_tables(source, images, column)
+        taken = choose(tables) or [self._class_table(images, places, template, tried)]
+        texts, split = {}, {}
+        for table in taken:
+            texts |= table.captions
+            for k in table.captions:
+                split[k] = (table.splits.get(k) or places[k][0]
+                            or split_of(table.name.rpartition("/")[2]))
+        known = "train" in split.values()
+        split = {k: known and (of_k or "train") for k, of_k in split.items()}
+        self.report = self._report(images, taken, texts, split, max_missing)
+        texts = {k: of_k for k, of_k in texts.items() if split[k] != "test"}
+        self.validation = np.flatnonzero([split[k] == "val" for k in texts])   # the data's own
+        self.files.keep([numbers[k] for k in texts])
+        self.names = self.files.names
+        self.texts = PackedStrings(chain.from_iterable(texts.values()))
+        self.first = np.cumsum([0, *map(len, texts.values())])   # image i's first text
         self.fingerprint = hash_of([self.names.buffer, self.names.ends, self.texts.buffer,
                                     self.texts.ends, self.first])
 
-    def _caption_pairs(self, listed, images, caption_template):
-        """(captions file or "folders", image name as written, caption) for every caption."""
-        for pattern, reader in CAPTION_FILES:
-            tables = [name for name in listed if re.fullmatch(pattern, Path(name).name, re.I)]
-            for table in tables:
-                try:
-                    with io.TextIOWrapper(self.files.open(table), "utf-8-sig", "replace",
-                                          newline="") as file:
-                        for image, caption in reader(file):
-                            yield table, "" + image, "" + caption   # both must be text
-                except Exception as error:   # csv, json and zlib have a dozen kinds for damage
-                    raise ValueError(f"--data {self.path}: {table} is not as expected: "
-                                     f"{type(error).__name__}: {str(error)[:200]}") from None
-            if tables:
-                return
-        folders = [Path(name).parent for name in images]
-        if Path() in folders or len(set(folders)) < 2:
-            raise ValueError(f"--data {self.path}: no captions file and not one sub-folder per "
-                             "class either; add captions.txt or another of README.md's table")
-        for name, folder in zip(images, folders):
-            yield "folders", name, caption_template.replace("{}", folder.name.replace("_", " "))
+    def _read_tables(self, source, images, column):
+        """(the tables in `source`, {file: why it is none}), until every image has a caption."""
+        tables, tried, covered = {}, {}, set()
+        order = {k: (not USUAL.fullmatch(os.path.basename(name)), name.count("/"), name)
+                 for k, name in enumerate(source.names) if name.lower().endswith(TEXT_SUFFIXES)}
+        for k in sorted(order, key=lambda k: (*order[k][:2], order[k][0] or len(order[k][2]), k)):
+            if len(covered) == len(images.names):
+                break
+            is_unusual, _, name = order[k]
+            folder, stem = name[:name.rfind("/") + 1], os.path.basename(name).rpartition(".")[0]
+            suffix = name[len(folder + stem):]
+            is_beside = (is_unusual and suffix in (".txt", ".caption", ".json")
+                         and images.find(stem, folder) is not None)
+            if is_beside and suffix == ".json":   # what img2dataset writes beside a .txt
+                continue
+            table = tables.setdefault(suffix if is_beside else name, Table(name))
+            table.files.append(name)
+            try:
+                with source.open_text(k) as text:
+                    if is_beside:
+                        table.name = f"{len(table.files):,} {suffix} files"
+                        table.add(images, folder, stem, list(filter(str.strip, text)))
+                    else:
+                        table.read(images, text, folder, column)
+            except Exception as error:   # csv, json and zlib have a dozen kinds for damage
+                tried[name] = f"line {table.line}: {error}"[:200]
+                if not (is_unusual or isinstance(error, LookupError)):
+                    raise ValueError(f"--data {self.path}: {name} is not as expected: "
+                                     f"{type(error).__name__}: {tried[name]}") from None
+                table.captions.clear()
+            covered.update(table.captions if not is_beside else [images.find(stem, folder)])
+        return list(tables.values()), tried
 
-    def _read_captions(self, caption_template, max_missing):
-        """{image name: its captions}."""
-        listed = self.files.names()
-        images = dict.fromkeys(name for name in listed if name.lower().endswith(IMAGE_SUFFIXES))
-        if not images:
-            raise ValueError(f"--data {self.path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        by_base = {}
-        # Of two with the same base name nobody knows which is meant.
-        for base, name in zip(map(os.path.basename, images), images):
-            by_base[base] = None if base in by_base else name
-        captions, missing, garbled = {}, {}, {}   # the last two: image as written to its table
-        for table, written, caption in self._caption_pairs(listed, images, caption_template):
-            beside = table[:table.rfind("/") + 1] + written.removeprefix("./")
-            name = beside if beside in images else by_base.get(os.path.basename(written))
-            caption = caption.encode("utf-8", "replace").decode()   # JSON may hold half characters
-            if not name or "\ufffd" in caption:
-                (garbled if name else missing).setdefault(written, table)
-            if name:
-                captions.setdefault(name, []).append(" ".join(caption.split()))
-        # A few are said, more refused.
-        for found, what in (
-                (missing, "are not there, or in several folders; add the files or drop captions"),
-                (garbled, "have captions that are not in UTF-8; convert that file")):
-            if found:
-                example, table = next(iter(found.items()))
-                message = (f"--data {self.path}: {len(found)} image(s) named in {table} {what}, "
-                           f"for example {example!r}")
-                if len(found) > max_missing * (len(captions) + len(found)):
-                    raise ValueError(message)
-                warnings.warn(f"{message}; going on", stacklevel=2)
-        if not captions:
-            raise ValueError(f"--data {self.path}: the captions file holds no captions")
-        return captions
+    def _class_table(self, images, places, template, tried):
+        """Captions from --caption-template. Raises: ValueError where the folders' names may be no
+        captions and the template was not given by hand."""
+        used = "a photo of a {}" if template is None else template
+        table, classes = Table(f"--caption-template {used!r}"), {}
+        for number, (_, word) in enumerate(places):
+            # kohya's 10_dog and Caltech's 001.dog are dogs; a shard's name is no class.
+            word = re.sub(r"^\d+[._](?=\D)|.*\.tar$", "", word)
+            classes.setdefault(word, set()).add(os.path.basename(images.names[number]))
+            caption = used.replace("{}", word.replace("_", " "))
+            table.captions[number] = [" ".join(caption.split())]
+        if "{}" not in used:
+            return table
+        reason, unread = None, [] if template else [
+            name for k, name in enumerate(self.files.names) if self._may_hold_captions(k, images)]
+        if unread:
+            reason = f"{unread[0]} may hold them ({tried.get(unread[0], 'not read')})"
+        elif "" in classes or len(classes) < 2:
+            reason = f"{min(classes[min(classes)])} is in no folder of one class among others"
+        elif template is None and len(set(map(frozenset, classes.values()))) == 1:
+            reason = "the folders hold files of the same names, as masks do"
+        if reason:
+            raise ValueError(f"--data {self.path}: no captions: {reason}; {HOW}")
+        return table
+
+    def _may_hold_captions(self, k, images):
+        """Whether file k, which gave no captions, names an image, or is of a kind not read here."""
+        stem, suffix = os.path.splitext(os.path.basename(self.files.names[k]))
+        if suffix.lower() not in TEXT_SUFFIXES:
+            return suffix.lower() in (".parquet", ".arrow")
+        with self.files.open_text(k) as text:
+            words = re.findall(r"[\w./-]{4,}", text.read(4096))
+        return any(images.find(word) is not None for word in (stem, *words))
+
+    def _report(self, images, taken, texts, split, max_missing):
+        """{title: what was understood}. Raises: ValueError where too many captions are lost."""
+        left_out = []
+        for table in taken:
+            for (what, fix), examples in table.faults.items():
+                left_out.append(f"{len(examples)} {what}, such as {next(iter(examples))!r}")
+                if fix and len(examples) > max_missing * (len(texts) + len(examples)):
+                    raise ValueError(f"--data {self.path}: {table.name}: {left_out[-1]}; {fix}, or "
+                                     f"allow more with --max-bad-images, {max_missing} now")
+        used = set(images.names).union(*(table.files for table in taken))
+        aside = [name for name in self.files.names if name not in used]
+        aside.sort(key=lambda name: not name.lower().endswith(TEXT_SUFFIXES))
+        for what, names in (("images without a caption", [
+                name for k, name in enumerate(images.names) if k not in texts]),
+                            ("other files", aside)):
+            if names:
+                left_out.append(f"{len(names)} {what}, such as {', '.join(names[:3])}")
+        count, kinds = sum(map(len, texts.values())), Counter(split.values())
+        report = {"captions": f"{count:,} of {', '.join(table.name for table in taken)}, "
+                              f"{count / len(texts):.3g} an image, such as "
+                              f"{next(iter(texts.values()))[0]!r}"}
+        if len(kinds) > 1:
+            report["splits"] = (f"the data's own: {kinds['train']:,} images to train on, "
+                                f"{kinds['val']:,} to validate on, {kinds['test']:,} left out")
+        return report | ({"left out": "; ".join(left_out)} if left_out else {})
 
     def __len__(self):
         """How many images have captions."""
@@ -368,7 +668,7 @@ class CaptionedImages:
         data are out of reach, for a minute, so that a passing fault changes no sample."""
         for wait in (1, 2, 4, 8, 16, 32, 0):
             try:
-                with self.files.open(self.names[i]) as file:
+                with self.files.open(i) as file:
                     return use(file)
             except Exception as error:   # Pillow and zipfile raise a dozen kinds on damaged bytes
                 if self.path.exists() and getattr(error, "errno", None) not in OUT_OF_REACH:
@@ -376,6 +676,7 @@ class CaptionedImages:
                                           f"as an image ({error}); repair or remove it") from None
                 warnings.warn(f"--data {self.path}: out of reach ({error}); trying again for a "
                               "minute", stacklevel=2)
+            open_archive.cache_clear()
             time.sleep(wait)
         raise OSError(f"--data {self.path}: out of reach for a minute; bring it back and go on "
                       "with --resume")
@@ -385,14 +686,15 @@ def read_image(file, channels, side, place=(0.5, 0.5)):
     """A square crop of a picture, side x side pixels, mode "RGB" (channels 3) or "L" (1).
 
     The short side is scaled to `side` with antialiasing; `place` says where along the long side the
-    crop lies, from 0 (left or top) to 1. Transparent pictures are laid on white, 16-bit ones scaled
-    to 8, and EXIF rotation is applied.
+    crop lies, from 0 (left or top) to 1. Transparent pictures are laid on white, deeper ones scaled
+    to 8 bits, EXIF rotation and colour profiles applied.
     """
     image = Image.open(file, formats=FORMATS)
     image.draft("RGB", (2 * side, 2 * side))   # JPEG: decode small, never below twice the target
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    image = in_srgb(image)
+    if image.mode[0] in "IF":
+        image = Image.fromarray(in_8_bits(np.asarray(image), image.mode))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -403,28 +705,54 @@ def read_image(file, channels, side, place=(0.5, 0.5)):
     return image.resize((side, side), Image.BICUBIC, box=box, reducing_gap=3.0)
 
 
+def in_srgb(image):
+    """The picture as a viewer shows it: colours of another profile, such as a phone's Display P3,
+    are converted."""
+    with suppress(ImageCms.PyCMSError, OSError):   # a damaged profile counts as none
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info.get("icc_profile") or b""))
+        is_fit = profile.profile.xcolor_space.strip() == image.mode.removesuffix("A")
+        if is_fit and "sRGB" not in ImageCms.getProfileDescription(profile):
+            mode = "RGB" if image.mode == "CMYK" else image.mode
+            return ImageCms.profileToProfile(image, profile, SRGB, outputMode=mode)
+    return image
+
+
+def in_8_bits(values, mode):
+    """Grey values of more bits as uint8: of [0, 1], [-1, 1], [0, 255] or [0, 65535]; what the range
+    is can be told from the values, but those of 16-bit files always use all of theirs."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    if mode == "F" and high <= 1:
+        values = 255 * (values if low >= 0 else (values + 1) / 2)
+    elif high > 255 or mode.startswith("I;"):
+        values = values / 257
+    return np.nan_to_num(values).round().clip(0, 255).astype(np.uint8)
+
+
 def is_builtin(data):
     """Whether --data names the built-in pictures."""
     return data == "shapes"
 
 
-def open_source(data, resolution, caption_template="a photo of a {}", max_missing=0.01):
-    """The images and captions that --data names: "shapes", a folder or a .zip.
+def open_source(data, resolution, *how):
+    """The images and captions that --data names: "shapes", or see CaptionedImages for the rest.
 
-    Every source has a length, `texts` (all captions), `captions(i)`, `image(i, ...)`, `content(i)`
-    and a `fingerprint` of its names and captions.
+    Every source has a length, `texts` (all captions), `captions(i)`, `image(i, ...)`, `content(i)`,
+    a `fingerprint` of its names and captions, the numbers of the data's own `validation` images,
+    and a `report` of what was understood.
     """
-    if is_builtin(data):
-        return BuiltinShapes(resolution)
-    return CaptionedImages(data, caption_template, max_missing)
+    return BuiltinShapes(resolution) if is_builtin(data) else CaptionedImages(data, *how)
 
 
 # Training samples
 
 
-def split_images(count, val_fraction):
-    """(training, validation) image numbers, ascending: a fixed random split that depends on the
-    count alone, not on the seed."""
+def split_images(source, val_fraction):
+    """(training, validation) image numbers, ascending: the data's own split or a fixed random one
+    that depends on the count alone, not on the seed."""
+    count = len(source)
+    if len(source.validation):
+        own = np.isin(np.arange(count), source.validation)
+        return np.flatnonzero(~own), np.flatnonzero(own & (val_fraction > 0))
     order = counter_rng("split", count).permutation(count)
     held = round(count * val_fraction)
     return np.sort(order[held:]), np.sort(order[:held])

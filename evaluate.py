@@ -18,6 +18,7 @@ all-reduce all ranks compute the same figures.
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -310,7 +311,7 @@ def finished_pictures(folder, side):
     """Those of --images, cropped and scaled to side x side like the data."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {folder}: no such folder")
-    paths = [folder / name for name in data.Files(folder).names()]
+    paths = [folder / name for name in data.Files(folder).names]
     paths = [path for path in paths if path.suffix.lower() in data.IMAGE_SUFFIXES
              and path.name not in ("grid.png", "steps.png")]   # sample.py's overviews
     if not paths:
@@ -339,9 +340,13 @@ def captioned_data(args, run):
     """(prompts, None, reference). Prompts are the validation images' captions in a fixed random
     order, their first captions first; without such images, those of the reference. `run` is what
     the training run says of itself, {} for finished pictures."""
-    source = data.open_source(args.data, None, run.get("caption_template", "{}"))
-    training, validation = data.split_images(len(source), args.val_fraction)
-    if args.data == run.get("data"):
+    is_the_runs = run.get("data") in (args.data, os.path.abspath(args.data))
+    how = [run.get("caption_template"), run.get("max_bad_images", 0.01)]
+    if is_the_runs:
+        how += [run.get("captions"), run.get("caption_column")]
+    source = data.open_source(args.data, None, *how)
+    training, validation = data.split_images(source, args.val_fraction)
+    if is_the_runs:
         require(len(training) == run["train_images"], args, "data", f"{len(training)} images with "
                 f"--val-fraction {args.val_fraction}, not the {run['train_images']} of training, "
                 "so some may be validation images now; restore both")
@@ -569,7 +574,8 @@ def main():
         run, scales, dtype = model.run, set(args.guidance_scales), data.amp_dtype(args.amp, device)
     else:
         pictures, judged, stem = open_pictures(args)
-        run, scales, dtype = dict(val_fraction=1.0), {None}, None
+        # The pictures that they are compared with need no captions.
+        run, scales, dtype = dict(val_fraction=1.0, caption_template=""), {None}, None
     if args.val_fraction is None:
         args.val_fraction = run["val_fraction"]
     metrics, builtin = choose_metrics(args), data.is_builtin(args.data)

@@ -261,6 +261,17 @@ def load_whole(kind, name, subfolder, flag):
     return model
 
 
+def vocabulary(captions, most=5000):
+    """All words of the captions, as the built-in tokenizer takes them apart, sorted. Raises:
+    ValueError where they are too many for its random features."""
+    split = pre_tokenizers.Whitespace().pre_tokenize_str
+    words = sorted({word for caption in captions for word, _ in split(caption.lower())})
+    if len(words) > most:
+        raise ValueError(f"--text-encoder builtin: the captions have {len(words):,} different "
+                         f"words, over {most:,}; name a CLIP text model")
+    return words
+
+
 def builtin_tokenizer(words):
     """A word-level tokenizer with the given vocabulary: no download, no file."""
     start, end, unknown = specials = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>"]
@@ -322,6 +333,13 @@ class TextEncoder(nn.Module):
         self.features = torch.cat([self(distinct[start:start + batch_size])
                                    for start in range(0, len(distinct), batch_size)])  # (N, L, D)
         self.rows = {caption: row for row, caption in enumerate(distinct)}
+
+    def count_cut(self, captions):
+        """How many captions have more than L tokens, so that their ends are not seen."""
+        most = self.token_length
+        long = [text for text in captions if len(text) > most - 2] + [""]   # a token has a letter
+        tokens = self.tokenizer(long, truncation=True, max_length=most + 1).input_ids
+        return sum(len(of_caption) > most for of_caption in tokens)
 
     @torch.no_grad()
     def forward(self, captions):

@@ -21,6 +21,7 @@ import resource
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -62,8 +63,13 @@ def make_parser():
     parser = argparse.ArgumentParser(description="Train a text-to-image latent diffusion model.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help="folder or .zip of captioned images; shapes: built in")
-    add("--caption-template", default="a photo of a {}", help="for one sub-folder per class")
+    add("--data", default="shapes", help="folder, .zip or .tar files of captioned images; shapes: "
+        "built in")
+    add("--captions", metavar="FILE", help="captions that are not within --data: a file, folder "
+        "or .zip")
+    add("--caption-column", metavar="NAME", help="the column or key with the captions")
+    add("--caption-template", metavar="TEXT", help="captions for images without: {} stands for the "
+        "folder's name; text without {} is every image's caption, an empty one is no caption")
     add("--max-bad-images", type=float, default=0.01, help="stop above this share of unreadable")
     add("--val-fraction", type=float, default=0.05, help="share held out for validation")
     add("--random-crop", **SWITCH, help="crop at random along the long side, not at the centre")
@@ -146,6 +152,9 @@ def parse_args(argv=None):
         preset = first.preset or ("tiny" if data.is_builtin(first.data) else "standard")
         parser.set_defaults(preset=preset, **TRAINING_DEFAULTS[preset])
     args = parser.parse_args(argv)
+    for name in ("data", "captions"):   # a run goes on from any folder
+        if getattr(args, name) and not data.is_builtin(getattr(args, name)):
+            setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
     config = make_config(args)
     if payload:
         given = argparse.Namespace(**vars(args) | asdict(config))
@@ -175,17 +184,15 @@ def check_args(args, config, payload):
 
 
 def make_config(args):
-    """The preset with the given model flags. The built-in text encoder knows the built-in
-    captions' words and no others."""
+    """The preset with the given model flags."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
     config = replace(PRESETS[args.preset], **given)
     if config.text_encoder != "builtin":
         return config
     if data.is_builtin(args.data):
         return replace(config, builtin_words=data.VOCABULARY)
-    require(args.text_encoder != "builtin", args, "text_encoder", "knows the words of the built-in "
-            "pictures alone; name a CLIP text model for your own data")
-    return replace(config, text_encoder=ModelConfig.text_encoder)
+    # For other data it has to be asked for. It takes its words from their captions, in main.
+    return config if args.text_encoder else replace(config, text_encoder=ModelConfig.text_encoder)
 
 
 # The loss and the learning rate
@@ -331,13 +338,19 @@ def latent_loader(args, model, source, workers):
     """image_loader's counterpart, with latents that are encoded once. The cache folder's name is a
     hash of all that they depend on, so that one that is found fits."""
     codec, config = model.codec, model.config
+    parent = Path(args.cache_latents or Path(args.data).resolve().parent)
+    try:   # before anything that takes long
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ValueError(f"--cache-latents: {parent} cannot be written ({error}); name a folder: "
+                         "--cache-latents DIR") from None
     images = data.content_hashes(source.content, len(source))
     made_of = dict(images=data.hash_of(images), vae=data.hash_of_weights(codec.vae), crop="centre",
                    resolution=config.resolution, flips=1 + args.flip, scale=codec.scale,
                    shift=codec.shift, dtype="float16")
-    parent = Path(args.cache_latents or Path(args.data).parent)
     folder = parent / f"latents_{data.hash_of([made_of])[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
 
     def encode(images):
         return codec.moments(data.to_unit_range(images.to(model.device)))
@@ -554,8 +567,8 @@ def tolerate_disk_faults(what, writer=None):
 # What a run reports
 
 
-def print_start(args, model, order, counts, folder, dtype):
-    """What runs where; `counts`: training and validation images."""
+def print_start(args, model, source, order, counts, folder, dtype):
+    """What runs where, and what was understood; `counts`: training and validation images."""
     device, config, is_gpu = model.device, model.config, model.device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
     devices = data.gather(f"{device} ({name}) on {os.uname().nodename}")
@@ -565,6 +578,7 @@ def print_start(args, model, order, counts, folder, dtype):
     rows = {f"rank {rank}": device for rank, device in enumerate(devices)} | {
         "run folder": folder,
         "data": f"{args.data}: {counts[0]:,} training and {counts[1]:,} validation images",
+        **source.report,
         "batch": f"{args.batch_size} = {len(devices)} processes x {args.accumulation} "
                  f"micro-batches x {order.micro_batch}",
         "length": f"{args.epochs} epochs x {order.steps_per_epoch} steps",
@@ -573,6 +587,8 @@ def print_start(args, model, order, counts, folder, dtype):
         "VAE": f"{config.vae}, {vae}, frozen, for images of {config.resolution} px",
         "precision": f"{dtype} autocast, float32 weights" if dtype else "float32"}
     if dist.get_rank() == 0:
+        if cut := model.text_encoder.count_cut(source.texts):
+            rows["text encoder"] += f"; {cut:,} captions are cut at {config.token_length} tokens"
         print("\n".join(f"{key:>14}  {value}" for key, value in rows.items()), flush=True)
 
 
@@ -678,8 +694,10 @@ def main(argv=None):
 
     # Data first: a mistake there shows before the networks are loaded.
     source = data.open_source(args.data, config.resolution, args.caption_template,
-                              args.max_bad_images)
-    train_images, val_images = data.split_images(len(source), args.val_fraction)
+                              args.max_bad_images, args.captions, args.caption_column)
+    if config.text_encoder == "builtin" and not config.builtin_words:
+        config = replace(config, builtin_words=models.vocabulary(source.texts))
+    train_images, val_images = data.split_images(source, args.val_fraction)
     order = data.GlobalOrder(train_images, args.batch_size, args.accumulation, args.seed)
     shown = (val_images if len(val_images) else train_images)[:16]
     prompts = args.sample_prompts or [source.captions(i)[0] for i in shown]
@@ -711,7 +729,7 @@ def main(argv=None):
                       if name not in ("resume", "folder", "max_steps", "time_limit")})
     # Held as long as main runs, the lock keeps other jobs out.
     writer, _lock = open_run_folder(folder, record, state.step) if is_main else (None, None)
-    print_start(args, model, order, (len(train_images), len(val_images)), folder, dtype)
+    print_start(args, model, source, order, (len(train_images), len(val_images)), folder, dtype)
 
     max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)

@@ -70,19 +70,19 @@ def test_one_folder_per_class(tmp_path):
     source = CaptionedImages(make_files(tmp_path, expected, {}), "the digit {}")
     assert index(source) == expected
     make_files(tmp_path, ["stray.png"], {})
-    with pytest.raises(ValueError, match="^--data .*: no captions file .* sub-folder per class.*$"):
+    with pytest.raises(ValueError, match="^--data .*: no captions: stray.png is in no folder .*$"):
         CaptionedImages(tmp_path)
 
 
 @pytest.mark.parametrize("text, problem", [
     (b'a.png,"a stray quote\nb.png,two\n', "not as expected: .*unexpected end of data"),
-    (b"a.png,one\nb.png\n", "not as expected: .*line 3 has .* columns"),
-    (b"a.png,un caf\xe9\nb.png,two\n", "1 image.* not in UTF-8.* for example 'a.png'"),
-    (b"a.png,one\nc.png,two\n", "1 image.* not there, or in several.* for example 'c.png'"),
-    (b"a.png,one\n../x.png,two\n", "1 image.* not there.* for example '../x.png'")])
+    (b"a.png,one\nb.png\n", "1 rows with too few or too many columns, such as 'line 3'; .*"),
+    (b"a.png,un caf\xe9\nb.png,two\n", "1 images .* not in UTF-8, such as 'a.png'; .*"),
+    (b"a.png,one\nc.png,two\n", "1 named .* not there or in several.*, such as 'c.png'; .*"),
+    (b"a.png,one\n1/x.png,two\n", "1 named .* not there.*, such as '1/x.png'; .*")])
 def test_captions_that_would_be_lost_are_refused(tmp_path, text, problem):
-    """A stray quote, a line cut short, Latin-1, a name that two pictures have, one that leads out
-    of the data: one line names the file and what is wrong."""
+    """A stray quote, a line cut short, Latin-1, a name that two pictures have, one that is not in
+    its folder: one line names the file and what is wrong."""
     folder = make_files(tmp_path / "set", ["../x.png", "a.png", "b.png", "1/c.png", "2/c.png"], {})
     (folder / "captions.txt").write_bytes(b"image,caption\n" + text)
     with pytest.raises(ValueError) as caught:
@@ -90,14 +90,14 @@ def test_captions_that_would_be_lost_are_refused(tmp_path, text, problem):
     assert re.fullmatch(rf"--data {folder}: (?=.*captions\.txt).*{problem}.*", str(caught.value))
 
 
-def test_few_missing_images_are_left_out_with_a_warning(tmp_path):
+def test_few_missing_images_are_left_out_and_said(tmp_path):
     """Flickr8k's captions name one image that is not there; below 1% it is left out and counted."""
     names = [f"{i}.png" for i in range(120)]
     lines = ["image,caption", *(f"{name},a" for name in ["gone.jpg.1", *names])]
     make_files(tmp_path, names, {"captions.txt": "\n".join(lines)})
-    with pytest.warns(UserWarning, match=r"^--data .*: 1 image\(s\) named in captions.txt are not "
-                      "there,.* for example 'gone.jpg.1'; .*$"):
-        assert len(CaptionedImages(tmp_path)) == 120
+    source = CaptionedImages(tmp_path)
+    assert len(source) == 120 and source.report["left out"] == (
+        "1 named images that are not there or in several folders, such as 'gone.jpg.1'")
 
 
 # Pictures
@@ -154,11 +154,26 @@ def test_large_jpegs_decode_small_and_alike():
 # Order
 
 
+class Numbered:
+    """A source of so many images, some of them the data's own validation images."""
+
+    def __init__(self, count, validation=()):
+        self.count, self.validation = count, np.array(validation, int)
+
+    def __len__(self):
+        return self.count
+
+
 def test_split_depends_on_the_count_alone():
-    """Training and validation images are disjoint, complete and the same on every call."""
-    train, val = split_images(1000, 0.05)
+    """Training and validation images are disjoint, complete and the same on every call; a split of
+    the data's own comes first, and its validation images are never trained on."""
+    source, few = Numbered(1000), Numbered(10, [3, 7])
+    train, val = split_images(source, 0.05)
     assert len(val) == 50 and sorted([*train, *val]) == list(range(1000))
-    assert (split_images(1000, 0.05)[1] == val).all() and split_images(10, 0.0)[1].size == 0
+    assert (split_images(source, 0.05)[1] == val).all() and not len(split_images(source, 0.0)[1])
+    for fraction, expected in ((0.5, [3, 7]), (0.0, [])):
+        train, val = split_images(few, fraction)
+        assert train.tolist() == [0, 1, 2, 4, 5, 6, 8, 9] and val.tolist() == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

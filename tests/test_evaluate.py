@@ -252,7 +252,7 @@ def test_prompts_of_captioned_data(real):
     without such images those of --reference, which must hold some. Another split than that of the
     training is refused."""
     source = data.CaptionedImages(real)
-    captions = [source.captions(i) for i in data.split_images(90, 0.3)[1]]
+    captions = [source.captions(i) for i in data.split_images(source, 0.3)[1]]
     args = Namespace(data=real, val_fraction=0.3, reference="validation", num_images=60,
                      resolution=16, channels=3)
     prompts, _, reference = evaluate.captioned_data(args, {})

@@ -103,7 +103,7 @@ def plain_loop():
     start = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
     ema, losses, norms = {name: p.clone() for name, p in start.items()}, {}, {}
     optimizer = torch.optim.AdamW(model.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    samples, (images, _) = make_samples(source), data.split_images(len(source), 0.05)
+    samples, (images, _) = make_samples(source), data.split_images(source, 0.05)
     for step, keys in zip(range(1, 11), GlobalOrder(images, 24)):
         batch = default_collate([samples[key] for key in keys])
         pictures = torch.from_numpy(source.pictures[[number for _, _, number in keys]])
