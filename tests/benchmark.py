@@ -4,7 +4,7 @@
 
 Not a test: a shared or throttled machine changes times, and a ratio below its aim is printed, not
 asserted. On a GPU the networks are those of a real run; on a CPU they are smaller, and the sections
-take about half an hour together.
+take about half an hour together. tests/gpu.py adds what only a GPU can show.
 """
 import argparse
 import json
@@ -31,10 +31,15 @@ import sample
 import train
 from conftest import make_pictures, scalars
 from data import CaptionedImages, OnDemand, make_loader, setup_processes
-from models import Model, apply_unet
+from models import PRESETS, Model, apply_unet
 from tiny_networks import make_clip, make_vae
 
-CUDA = torch.cuda.is_available()
+SMALL = "REHEARSAL" in os.environ   # tests/gpu.py --small: everything with tiny networks
+CUDA = torch.cuda.is_available() and not SMALL
+if SMALL:   # in the processes that are started, too
+    for preset in ("standard", "large"):
+        channels = PRESETS[preset].unet["block_out_channels"]
+        PRESETS[preset].unet.update(block_out_channels=[32] * len(channels))
 SPAWN = multiprocessing.get_context("spawn")
 torch.backends.cudnn.deterministic = False   # the tests want it, a real run does not
 
@@ -61,24 +66,31 @@ def alternate(repeats, *pairs):
 # A real run, piece by piece
 
 
+def bare_update(unet, config, optimizer, count, dtype):
+    """update(): forward, backward and optimizer step on one fixed batch of `count`."""
+    net, device = unet.config, unet.device
+    x = torch.randn(count, net.in_channels, net.sample_size, net.sample_size, device=device)
+    t = torch.randint(0, 1000, (count,), device=device)
+    text_emb = torch.randn(count, config.token_length, net.cross_attention_dim, device=device)
+
+    def update():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            output = apply_unet(unet, config, x, t, text_emb)
+        (output.float() - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
 class State(train.TrainingState):
-    """Brings the bare loop: forward, backward and optimizer on one fixed batch."""
+    """Brings the bare loop."""
 
     def __init__(self, unet, args, device, dtype):
         super().__init__(unet, args, device, dtype)
-        config, net, count = train.make_config(args), unet.config, args.batch_size
-        x = torch.randn(count, net.in_channels, net.sample_size, net.sample_size, device=device)
-        t = torch.randint(0, 1000, (count,), device=device)
-        text_emb = torch.randn(count, config.token_length, net.cross_attention_dim, device=device)
-
-        def update():
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                output = apply_unet(unet, config, x, t, text_emb)
-            (output.float() - x).square().mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-        Orders.update = staticmethod(update)
+        config = train.make_config(args)
+        Orders.update = staticmethod(
+            bare_update(unet, config, self.optimizer, args.batch_size, dtype))
 
 
 class Orders(train.StopRequest):
@@ -132,7 +144,7 @@ def real_run(folder, steps, *flags, ranks=1, **env):
             ours, theirs = SPAWN.Pipe()
             pipes.append(pipes_to_close.enter_context(ours))
             with theirs, mock.patch.dict(os.environ, env, RANK=rank, LOCAL_RANK=rank):
-                SPAWN.Process(target=obey, args=(theirs, steps, flags), daemon=True).start()
+                SPAWN.Process(target=obey, args=(theirs, steps, flags)).start()
 
         def run(order=None):
             for pipe in pipes if order else ():
@@ -145,14 +157,18 @@ def real_run(folder, steps, *flags, ranks=1, **env):
         yield run
 
 
-def networks(folder, resolution, count=64):
-    """Flags for captioned pictures and for networks with random weights, of the real shapes; on a
-    CPU with a smaller text encoder."""
+def networks(folder, resolution, count=64, width=512):
+    """Flags for captioned pictures and for networks with random weights, of the real shapes: CLIP
+    ViT-B/32's text encoder (ViT-L/14's: width 768), Stable Diffusion's VAE. On a CPU the text
+    encoder is smaller, and no core is left for loader workers."""
     data = make_pictures(folder / "data", count, 1, (resolution, resolution), vary=False)
-    clip = make_clip(folder / "clip", width=512, layers=12 if CUDA else 2)
-    vae = make_vae(folder / "vae", 0.18215, blocks=(128, 256, 512, 512), layers=2, groups=32)
+    clip = make_clip(folder / "clip", width=width, layers=12 if CUDA else 2, heads=width // 64,
+                     mlp_ratio=4)
+    channels, layers, groups = (8, 1, 8) if SMALL else (128, 2, 32)
+    vae = make_vae(folder / "vae", 0.18215, blocks=[channels * k for k in (1, 2, 4, 4)],
+                   layers=layers, groups=groups)
     return ["--data", str(data), "--text-encoder", clip, "--vae", vae, "--resolution",
-            str(resolution), "--workers", "0"]
+            str(resolution), *([] if CUDA else ["--workers", "0"])]
 
 
 def compare(folder, args, name, images, steps, flags, off, on, aim=""):
@@ -173,9 +189,14 @@ def compare(folder, args, name, images, steps, flags, off, on, aim=""):
 
 def loop(folder, args):
     """The default run, and the standard preset as it is meant to be used: from cached latents."""
-    cached = [*networks(folder, 256, 1280 if CUDA else 64), "--cache-latents", folder]
-    standard = ("standard preset", cached, *((64, 20) if CUDA else (8, 2)))
-    for name, flags, images, steps in (("default run", [], 32, 20), standard):
+    cached = [*networks(folder, 256 if CUDA else 64, 1280 if CUDA else 64), "--cache-latents",
+              folder]
+    runs = [("default run", [], 32, 20), ("standard preset", cached, 8, 2)]
+    if CUDA:
+        runs = [("standard preset, compiled", [*cached, "--compile"], 64, 20),
+                ("standard preset", cached, 256, 5), ("large preset", [
+                    *cached, "--preset", "large"], 32, 20), ("default run", [], 32, 200)]
+    for name, flags, images, steps in runs:
         with real_run(folder / name, steps, *flags, "--batch-size", images) as run:
             ours, bare = alternate(args.repeats, (run, "loop"), (run, "bare"))
             for order in ("loop", "loop", "loop", "loop", "end"):   # without pauses: for the share
@@ -227,20 +248,33 @@ def processes(folder, args, steps=20):
 def sampling(folder, args):
     """The same pictures from the same weights and steps, by sample.generate and by diffusers."""
     from diffusers import StableDiffusionPipeline
-    device = setup_processes()
-    model = Model(train.parse_args(networks(folder, 256 if CUDA else 64))[1], device)
-    sample.export_pipeline(model, folder / "export")
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "export").to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    side, steps, scale = model.config.resolution, 20 if CUDA else 5, dict(guidance_scale=3.0)
-    for batch in (1, 2, 4, 8, 16):
+    device, steps, scale = setup_processes(), 20 if CUDA else 5, dict(guidance_scale=3.0)
+    flags = networks(folder, 256 if CUDA else 64)
+    cases = [("standard", batch, None) for batch in (1, 2, 4, 8, 16)]
+    if CUDA:
+        cases = [(preset, batch, dtype) for preset, dtype in (
+            ("standard", None), ("standard", torch.bfloat16), ("large", torch.bfloat16))
+            for batch in (1, 16, 64)]
+    loaded = None
+    for preset, batch, dtype in cases:
+        if loaded != (preset, dtype):
+            loaded = preset, dtype
+            model = Model(train.parse_args([*flags, "--preset", preset])[1], device)
+            sample.export_pipeline(model, folder / preset)
+            pipeline = StableDiffusionPipeline.from_pretrained(folder / preset).to(device)
+            pipeline.set_progress_bar_config(disable=True)
+            # Its UNet in the same precision, and the VAE in float32, as here.
+            unet, side = pipeline.unet, model.config.resolution
+            unet.forward = torch.autocast(device.type, dtype, enabled=bool(dtype))(unet.forward)
+            unet.register_forward_hook(lambda unet, inputs, output: (output[0].float(),))
         prompts = [f"picture number {i} of a set" for i in range(batch)]
+        name = f"{preset}, {dtype or 'float32'}, batch {batch}"
         ours, theirs = alternate(
             args.repeats,
-            (seconds, lambda: sample.generate(model, prompts, steps=steps, **scale)),
+            (seconds, lambda: sample.generate(model, prompts, steps=steps, dtype=dtype, **scale)),
             (seconds, lambda: pipeline(prompts, side, side, num_inference_steps=steps, **scale)))
-        yield f"batch {batch}, images/s", batch / ours, ""
-        yield f"batch {batch}: ours / diffusers' pipeline", theirs / ours, ">= 1"
+        yield f"{name}: images/s", batch / ours, ""
+        yield f"{name}: ours / diffusers' pipeline", theirs / ours, ">= 1"
 
 
 def evaluation(folder, args, count=128):
@@ -306,6 +340,12 @@ SECTIONS = dict(loop=loop, switches=switches, cache=cache, processes=processes, 
                 evaluation=evaluation, index=index)
 
 
+def line_of(section, name, value, aim):
+    """A row as text."""
+    value = value if isinstance(value, str) else f"{value:.4g}"
+    return f"{section:10}  {name:60} {value:>10}  {aim}"
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
@@ -320,7 +360,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             for row in SECTIONS[name](Path(folder), args):
                 rows.append((name, *row))
-                print(f"{name:10}  {row[0]:60} {row[1]:10.4g}  {row[2]}", flush=True)
+                print(line_of(*rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"where": where, "rows": rows}, indent=1))
 

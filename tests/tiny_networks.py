@@ -15,7 +15,8 @@ SOME_CAPTIONS = ["a dog runs over the grass", "two people on a beach", "a red ca
                  "the cat sleeps", "a photo of a"]
 
 
-def make_clip(folder, captions=SOME_CAPTIONS, width=32, vocab_size=2000, layers=2):
+def make_clip(folder, captions=SOME_CAPTIONS, width=32, vocab_size=2000, layers=2, heads=4,
+              mlp_ratio=2):
     """A CLIP text model with random weights and a byte-level BPE tokenizer for the captions."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
@@ -30,9 +31,10 @@ def make_clip(folder, captions=SOME_CAPTIONS, width=32, vocab_size=2000, layers=
                             pad_token=end, model_max_length=77).save_pretrained(folder)
     torch.manual_seed(0)
     CLIPTextModel(CLIPTextConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=77,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1)).save_pretrained(folder)
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=width,
+        intermediate_size=mlp_ratio * width, num_hidden_layers=layers, num_attention_heads=heads,
+        max_position_embeddings=77, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1)).save_pretrained(folder)
     return str(folder)
 
 
