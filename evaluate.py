@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import BACKGROUNDS, COLOURS, SCENES, SHAPES, SIZES, gather, hash_of, interleave
 from models import load_model, load_pretrained, load_whole, require, write_atomically
-from sample import DEFAULTS, add_sampling_flags, check_at_least, generate, sampling_settings
+from sample import DEFAULTS, add_sampling_flags, check_sampling, generate, sampling_settings
 
 METRICS = ("accuracy", "fid", "kid", "clip", "clip-fd")
 PLACES = ("checkpoint", "images", "data", "inception_weights", "clip_model", "output", "device",
@@ -525,7 +525,7 @@ def parse_args(argv=None):
     add("--output", type=Path, help="the results' parent folder (default: beside what is judged)")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
-    check_at_least(args, num_images=4, batch_size=1, seed=0)
+    check_sampling(args, num_images=4, resolution=1, val_fraction=(0, 1))
     require(args.images or not args.resolution, args, "resolution", "goes with --images; omit it")
     require(args.checkpoint or args.data and args.resolution, args, "images", "add --data, to "
             "compare with, and --resolution, the side to compare at")

@@ -114,6 +114,8 @@ def make_betas(beta_schedule, num_train_timesteps):
         return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     if beta_schedule == "scaled_linear":
         return torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
+    if beta_schedule != "cosine":
+        raise ValueError(f"--beta-schedule {beta_schedule}: use {' or '.join(BETA_SCHEDULES)}")
     s = (torch.linspace(0, 1, T + 1, dtype=torch.float64) + 0.008) / 1.008
     f = torch.cos(s * torch.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)

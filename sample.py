@@ -128,6 +128,28 @@ def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_
 # Generation
 
 
+def check_ranges(flags, **ranges):
+    """Raises: ValueError that names the flag with a value, or one of several, below the minimum or
+    outside (minimum, maximum). NaN is in no range; a flag that was not given passes."""
+    for name, bounds in ranges.items():
+        low, high = bounds if isinstance(bounds, tuple) else (bounds, math.inf)
+        value = getattr(flags, name, None)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        fix = f"must be at least {low}" if high == math.inf else f"must be from {low} to {high}"
+        require(all(v is None or low <= v <= high for v in values), flags, name, fix)
+
+
+def check_sampling(flags, **ranges):
+    """Raises: ValueError for a setting of `generate`, or its flag, that would draw nonsense."""
+    check_ranges(flags, eta=(0, 1), guidance_rescale=(0, 1), guidance_interval=(0, 1), seed=0,
+                 guidance_scale=(0, 100), guidance_scales=(0, 100), batch_size=1, **ranges)
+    low, high = flags.guidance_interval
+    require(low <= high, flags, "guidance_interval", "the first must not be above the second")
+    require(flags.sampler in SAMPLERS, flags, "sampler", f"choose from {', '.join(SAMPLERS)}")
+    require(flags.sampler not in ("ddpm", "dpm++") or not flags.eta, flags, "eta",
+            f"{flags.sampler} has none; add --sampler ddim")
+
+
 @torch.no_grad()
 def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, guidance_scale=2.0,
              guidance_rescale=0.0, guidance_interval=(0.0, 1.0), eta=0.0, negative_prompt="",
@@ -140,12 +162,9 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
     None for float32. With `trajectory` the x_0 estimates of all steps are returned as well, a list
     of uint8 (N, c, H, W).
     """
+    check_sampling(argparse.Namespace(**locals()))   # of the arguments
     if not isinstance(model, Model):
         model = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"--sampler {sampler}: choose from {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"--eta {eta}: must be from 0 to 1")
     if isinstance(prompts, str):
         raise ValueError(f"prompts {prompts!r}: must be a list of texts, one a picture")
     if guidance_scale != 1 and model.config.caption_dropout == 0:
@@ -173,7 +192,11 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
             bar.update(len(rngs))
             if trajectory:
                 estimates[k].append(to_uint8(model.codec.decode(x_0)))
-        pictures.append(to_uint8(model.codec.decode(x_t)))
+        images = model.codec.decode(x_t)
+        if not images.isfinite().all():
+            raise ValueError(f"--amp {dtype or 'off'}: pictures came out that are not finite; use "
+                             "--amp off or the type of training, or an older --checkpoint")
+        pictures.append(to_uint8(images))
     bar.close()
     # A rank may be left without prompts.
     pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])
@@ -245,7 +268,7 @@ def export_pipeline(model, folder, sampler="ddim"):
             (codec.is_pixel_space, "the model draws pixels; train with --vae"),
             (config.pooled_text, "it has no input for pooled text; train with --no-pooled-text"),
             (getattr(codec, "shift", 0), "it ignores the VAE's shift_factor; use another --vae"),
-            (sampler == "ddpm", "its scheduler here is --sampler ddim or dpm++; choose one")):
+            (sampler not in ("ddim", "dpm++"), "it has no other --sampler than ddim and dpm++")):
         if wrong:
             raise ValueError(f"--export {folder}: not for StableDiffusionPipeline: {reason}")
     betas = make_betas(config.beta_schedule, config.num_train_timesteps)
@@ -287,13 +310,6 @@ def add_sampling_flags(parser):
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
 
-def check_at_least(args, **least):
-    """Raises: ValueError that names the flag whose value is too small; one that is None passes."""
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        require(value is None or value >= minimum, args, name, f"must be at least {minimum}")
-
-
 def sampling_settings(args):
     """generate()'s keyword arguments from the flags, all but the guidance scale."""
     return {name: getattr(args, name) for name in SAMPLING_FLAGS}
@@ -319,7 +335,7 @@ def parse_args():
         args.prompts += [line.strip() for line in lines if line.strip()]
     if not args.prompts and not args.export:
         raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
-    check_at_least(args, images_per_prompt=1, batch_size=1, seed=0)
+    check_sampling(args, images_per_prompt=1)
     return args
 
 

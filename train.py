@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import models
 from models import PRESETS, Model, ModelConfig, apply_unet, require, update_ema
-from sample import check_at_least, generate_sharded, make_grid, make_strip
+from sample import check_ranges, generate_sharded, make_grid, make_strip
 
 # What suits each preset; every value can be overridden by its flag.
 TRAINING_DEFAULTS = {
@@ -171,9 +171,11 @@ def parse_args(argv=None):
 
 def check_args(args, config, payload):
     """Raises: ValueError for a value out of its range, or two flags that exclude each other."""
-    check_at_least(args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, seed=0,
-                   save_every=1, keep_last=1, log_every=1, workers=0, keep_every=0, sample_every=0,
-                   min_snr_gamma=args.snr_floor or 0)
+    check_ranges(
+        args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, seed=0, workers=0,
+        save_every=1, keep_last=1, log_every=1, keep_every=0, sample_every=0, max_steps=1,
+        time_limit=0, lr=0, warmup_steps=0, weight_decay=0, max_bad_images=(0, 1), snr_floor=0,
+        min_snr_gamma=args.snr_floor or 0.01, sample_guidance=(0, 100))
     for name in ("val_fraction", "ema_decay"):
         require(0 <= getattr(args, name) < 1, args, name, "must be at least 0 and below 1")
     require(args.max_grad_norm > 0, args, "max_grad_norm", "must be above 0; inf: no clipping")
@@ -181,6 +183,15 @@ def check_args(args, config, payload):
         require(config.vae != "none", args, "cache_latents", "--vae none has no latents to cache")
         require(not args.random_crop, args, "cache_latents", "with --random-crop "
                 "every visit has other latents; leave one of the two out")
+    if payload:   # from before the next two checks it stays what it is
+        return
+    # Sampling starts from pure noise, and errors in eps are magnified by 1 / sqrt(alpha_bar).
+    last = models.NoiseSchedule(config).on_cpu[-1].item()
+    require(last < 0.05, config, "num_train_timesteps", f"x_T is far from noise, with alpha_bar "
+            f"{last:.2g}; use more, or add --beta-schedule cosine")
+    require(last > 1e-5 or config.vae == "none" or config.prediction_type != "epsilon", config,
+            "prediction_type", f"latents explode where alpha_bar ends at {last:.1g}; use "
+            "v_prediction or sample, or another --beta-schedule")
 
 
 def make_config(args):

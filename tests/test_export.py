@@ -56,14 +56,16 @@ def test_our_pictures(tmp_path, clip, vae, sampler, steps, betas, predicts, zero
     assert_draws_ours(tmp_path, model, sampler, steps, atol=1e-3 if zero_snr else 1e-4)
 
 
-def test_what_the_pipeline_cannot_draw_is_refused(tmp_path, clip, vae):
+def test_what_the_pipeline_cannot_draw_is_refused(tmp_path, clip, vae, monkeypatch):
     """The reason is said, and no folder is left."""
     shifted = make_model(clip, vae)
     shifted.codec.shift = 0.1
     refused = [(shifted, "ddim", "it ignores the VAE's shift_factor; use another --vae"),
                (Model(PRESETS["tiny"]), "ddim", "the model draws pixels; train with --vae"),
-               (make_model(clip, vae), "ddpm", "its scheduler here is --sampler ddim or dpm.*"),
+               (make_model(clip, vae), "ddpm", "it has no other --sampler than ddim and dpm.*"),
                (make_model(clip, vae, pooled_text=True), "ddim", "it has no input for pooled.*")]
+    monkeypatch.setitem(sample.SAMPLERS, "own", sample.ddim)
+    refused.append((make_model(clip, vae), "own", "it has no other --sampler than ddim and dpm.*"))
     for wrong, sampler, reason in refused:
         with pytest.raises(ValueError, match=f"^--export .*: not for StableDiff.*: {reason}$"):
             export_pipeline(wrong, tmp_path / "no", sampler)

@@ -37,7 +37,7 @@ def difference(a, b):
 def test_a_picture_depends_on_the_seed_and_its_number_alone(model, sampler):
     """To one grey level a picture is the same in any batch and alone, also with noise drawn at
     every step; another number or another seed gives another picture."""
-    how = dict(sampler=sampler, eta=1.0, steps=4)
+    how = dict(sampler=sampler, eta=float(sampler == "ddim"), steps=4)
     pictures = generate(model, PROMPTS, **how)
     for batch_size in (1, 2):
         assert difference(generate(model, PROMPTS, batch_size=batch_size, **how), pictures) <= 1
@@ -109,11 +109,32 @@ def test_guidance_away_from_the_prompt_itself_is_no_guidance(model):
     assert difference(generate(model, PROMPTS[:1], **how), plain) > 1
 
 
+@pytest.mark.parametrize("how, message", [
+    (dict(eta=2.0), "--eta 2.0: must be from 0 to 1"),
+    (dict(eta=0.5, sampler="ddpm"), "--eta 0.5: ddpm has none; add --sampler ddim"),
+    (dict(guidance_scale=float("nan")), "--guidance-scale nan: must be from 0 to 100"),
+    (dict(guidance_scale=1e30), r"--guidance-scale 1e\+30: must be from 0 to 100"),
+    (dict(guidance_rescale=7.0), "--guidance-rescale 7.0: must be from 0 to 1"),
+    (dict(guidance_interval=(0.9, 0.1)), "--guidance-interval .*: the first must not be above .*"),
+    (dict(sampler="euler"), "--sampler euler: choose from ddpm, ddim, dpm..")])
+def test_values_out_of_range(model, how, message):
+    """generate() names the flag, its value and the range, before it draws."""
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        generate(model, PROMPTS, **how)
+
+
+def test_pictures_that_are_not_finite_are_refused(model):
+    """Weights whose activations overflow in float16 draw in float32; in float16 the error names
+    --amp, where black pictures would come out."""
+    model.unet.conv_in.weight.data *= 1e6
+    assert generate(model, PROMPTS[:1], steps=1).float().std() > 0
+    with pytest.raises(ValueError, match="^--amp torch.float16: pictures came out that are not fi"):
+        generate(model, PROMPTS[:1], steps=1, dtype=torch.float16)
+
+
 def test_what_would_draw_nonsense_is_refused(model):
-    """An eta outside DDIM's range and a text in place of a list of texts; a model that was trained
-    without caption dropout gets a warning for guidance."""
-    with pytest.raises(ValueError, match=r"^--eta 2.0: must be from 0 to 1$"):
-        generate(model, PROMPTS, eta=2.0)
+    """A text in place of a list of texts; a model that was trained without caption dropout gets a
+    warning for guidance."""
     with pytest.raises(ValueError, match="^prompts 'a red circle': must be a list of texts, one a"):
         generate(model, "a red circle")
     model.config = replace(model.config, caption_dropout=0.0)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import models
 from models import BETA_SCHEDULES, PREDICTION_TYPES, PRESETS, ModelConfig, NoiseSchedule, build_unet
 from sample import SAMPLERS, make_timesteps
 
@@ -135,6 +136,12 @@ def test_loss_weights_mean_the_same_for_every_prediction_type(prediction, gamma,
     alpha_bar = schedule.alphas_cumprod[t]
     w = (alpha_bar / (1 - alpha_bar)).clamp(min=floor, max=gamma)
     close(schedule.loss_weight(t, gamma, floor) * error, w * (wrong - x_0).square().mean((1, 2, 3)))
+
+
+def test_an_unknown_schedule_is_refused():
+    """make_betas makes no other schedule of it."""
+    with pytest.raises(ValueError, match="^--beta-schedule sigmoid: use linear or scaled_.*"):
+        models.make_betas("sigmoid", 10)
 
 
 def test_zero_terminal_snr_is_refused_with_epsilon():

@@ -271,6 +271,7 @@ def test_own_pictures(tmp_path, photos, clip, vae, in_pixels, channels, T):
         tmp_path, *TINY, "--data", photos, "--text-encoder", clip, "--vae",
         "none" if in_pixels else vae, "--pixel-unshuffle", 4 if in_pixels else 1,
         "--image-channels", channels, "--num-train-timesteps", T, "--preset", "tiny",
+        "--beta-schedule", "cosine" if T == 20 else "linear",
         "--batch-size", 8, "--epochs", 12, "--warmup-steps", 2, "--sample-every", 12,
         "--val-fraction", 0.1, "--workers", 1)
     losses = newest(run)["epoch_losses"]
@@ -301,6 +302,14 @@ MISTAKES = {   # what is given, and all that is said
     "--image-channels 1 --vae a": "--image-channels 1: must be 3.* add --vae none",
     "--zero-terminal-snr --prediction-type epsilon": "--zero-terminal-snr True: .*add .*",
     "--min-snr-gamma 0.5": "--min-snr-gamma 0.5: must be at least 1.0",
+    "--min-snr-gamma nan": "--min-snr-gamma nan: must be at least 1.0",
+    "--min-snr-gamma 0 --snr-floor none": "--min-snr-gamma 0.0: must be at least 0.01",
+    "--max-steps -1": "--max-steps -1: must be at least 1",
+    "--time-limit -3": "--time-limit -3.0: must be at least 0",
+    "--sample-guidance nan": "--sample-guidance nan: must be from 0 to 100",
+    "--num-train-timesteps 100": "--num-train-timesteps 100: .*alpha_bar 0.36; .*cosine",
+    NO_VAE + " --beta-schedule cosine": "--prediction-type epsilon: .* 2e-09; use v_pred.*",
+    NO_VAE + " --beta-schedule linear --num-train-timesteps 4000": "--prediction-type .*3e-18; .*",
     "--max-grad-norm 0": "--max-grad-norm 0.0: must be above 0.*",
     "--ema-decay 1": "--ema-decay 1.0: must be at least 0 and below 1",
     "--batch-size 33 --accumulation 2": "--batch-size 33: must be a multiple .* = 1 x 2; try 32",
