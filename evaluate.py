@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import BACKGROUNDS, COLOURS, SCENES, SHAPES, SIZES, gather, hash_of, interleave
 from models import load_model, load_pretrained, load_whole, require, write_atomically
-from sample import DEFAULTS, add_sampling_flags, check_sampling, generate, sampling_settings
+from sample import DEFAULTS, add_sampling_flags, check_sampling, draw_share, sampling_settings
 
 METRICS = ("accuracy", "fid", "kid", "clip", "clip-fd")
 PLACES = ("checkpoint", "images", "data", "inception_weights", "clip_model", "output", "device",
@@ -469,13 +469,6 @@ def judge(task, batches, label, device):
     return values
 
 
-def generated_pictures(model, prompts, batch_size, **settings):
-    """This rank's pictures, drawn a batch at a time by sample.py's own `generate`."""
-    for numbers in data.rank_batches(len(prompts), batch_size):
-        own = [prompts[i] for i in numbers]
-        yield numbers, generate(model, own, indices=numbers, batch_size=batch_size, **settings)
-
-
 # Results
 
 
@@ -596,8 +589,8 @@ def main():
         if scale is None:
             batches = pictures.batches(args.batch_size)
         else:
-            batches = generated_pictures(model, prompts, guidance_scale=scale, dtype=dtype,
-                                         **sampling_settings(args))
+            batches = draw_share(model, prompts, guidance_scale=scale, dtype=dtype,
+                                 **sampling_settings(args))
         values = judge(task, batches, label, device)
         values |= dict(guidance_scale=scale, where=where,
                        images_per_second=task.count / (time.perf_counter() - start))

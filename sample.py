@@ -19,6 +19,7 @@ import re
 import textwrap
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data import amp_dtype, counter_rng, gather, interleave, run_main, setup_processes
-from models import Model, apply_unet, load_model, make_betas, require
+from data import amp_dtype, counter_rng, gather, interleave, rank_batches, run_main, setup_processes
+from models import Model, apply_unet, load_model, make_betas, require, write_atomically
 
 # Samplers
 
@@ -153,14 +154,14 @@ def check_sampling(flags, **ranges):
 @torch.no_grad()
 def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, guidance_scale=2.0,
              guidance_rescale=0.0, guidance_interval=(0.0, 1.0), eta=0.0, negative_prompt="",
-             batch_size=64, dtype=None, trajectory=False, progress=False):
+             batch_size=64, dtype=None, trajectory=False, progress=lambda pictures: None):
     """Pictures for a list of prompts, uint8 (N, c, H, W) on the CPU.
 
     model: a Model, or the path of a run folder or checkpoint. The starting noise and every later
     draw of picture i come from (seed, indices[i]) alone (indices: 0, 1, ... by default), so they do
     not change with the batch size or the number of processes. dtype: autocast dtype of the network,
     None for float32. With `trajectory` the x_0 estimates of all steps are returned as well, a list
-    of uint8 (N, c, H, W).
+    of uint8 (N, c, H, W). `progress` is called after every step of that many pictures.
     """
     check_sampling(argparse.Namespace(**locals()))   # of the arguments
     if not isinstance(model, Model):
@@ -174,7 +175,6 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
     timesteps = make_timesteps(model.schedule.num_train_timesteps, steps)
     negative_emb = model.text_encoder([negative_prompt])
     pictures, estimates = [], [[] for _ in timesteps]
-    bar = tqdm(total=len(prompts) * steps, unit="step", disable=not progress, desc="sampling")
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rngs = [counter_rng("sampling", seed, index) for index in indices[part]]
@@ -189,7 +189,7 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
         x_T = draw_noise()
         steps_taken = SAMPLERS[sampler](denoise, x_T, model.schedule, timesteps, draw_noise, eta)
         for k, (x_t, x_0) in enumerate(steps_taken):
-            bar.update(len(rngs))
+            progress(len(rngs))
             if trajectory:
                 estimates[k].append(to_uint8(model.codec.decode(x_0)))
         images = model.codec.decode(x_t)
@@ -197,7 +197,6 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
             raise ValueError(f"--amp {dtype or 'off'}: pictures came out that are not finite; use "
                              "--amp off or the type of training, or an older --checkpoint")
         pictures.append(to_uint8(images))
-    bar.close()
     # A rank may be left without prompts.
     pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])
     return (pictures, [torch.cat(parts) for parts in estimates]) if trajectory else pictures
@@ -208,6 +207,15 @@ def generate_sharded(model, prompts, **kwargs):
     mine = range(dist.get_rank(), len(prompts), dist.get_world_size())
     own = generate(model, [prompts[i] for i in mine], indices=mine, **kwargs)
     return torch.stack(interleave(gather(own)))
+
+
+def draw_share(model, prompts, batch_size, numbers=None, **settings):
+    """(picture numbers, pictures) of this rank's share, drawn by `generate` a batch at a time."""
+    numbers = range(len(prompts)) if numbers is None else numbers
+    for part in rank_batches(len(numbers), batch_size):
+        own = [numbers[k] for k in part]
+        yield own, generate(model, [prompts[i] for i in own], indices=own, batch_size=batch_size,
+                            **settings)
 
 
 def to_uint8(images):
@@ -347,6 +355,33 @@ def name_unknown_words(prompts, known):
                       f"pictures, which are {', '.join(known)}", stacklevel=1)
 
 
+def draw_into(folder, model, prompts, batch_size, **how):
+    """Draw picture i into its file, with how it is made, batch by batch, and return all paths. What
+    an interrupted call has left stays. Raises: ValueError for a folder of another call."""
+    made = {folder / f"{i:05d}.png": {key: str(value) for key, value in
+                                      dict(how, **model.source, prompt=prompt, index=i).items()}
+            for i, prompt in enumerate(prompts)}
+    found = set(folder.glob("*.png")) - {folder / "grid.png", folder / "steps.png"}
+    for path in found:
+        if path not in made or not made[path].items() <= Image.open(path).info.items():
+            raise ValueError(f"--output {folder}: another call made {path.name}; name a new folder")
+    # The main rank's answer for all, and before any of them writes.
+    missing = gather([i for i, path in enumerate(made) if path not in found])[0]
+    steps = how["steps"] * len(missing) // dist.get_world_size()
+    bar = tqdm(total=steps, unit="step", desc="sampling", disable=dist.get_rank() > 0)
+    paths = list(made)
+    for numbers, pictures in draw_share(model, prompts, batch_size, missing, progress=bar.update,
+                                        **how):
+        for i, picture in zip(numbers, pictures):
+            chunks = PngInfo()
+            for key, value in made[paths[i]].items():
+                chunks.add_itxt(key, value)
+            write_atomically(paths[i], partial(to_pil(picture).save, format="png", pnginfo=chunks))
+    bar.close()
+    gather(None)   # until all are there
+    return paths
+
+
 def main():
     args = parse_args()
     device = setup_processes(args.device)
@@ -358,23 +393,20 @@ def main():
     if not args.prompts:
         return
     prompts = [prompt for prompt in args.prompts for _ in range(args.images_per_prompt)]
-    how = dict(sampling_settings(args), guidance_scale=args.guidance_scale)
+    how = dict(sampling_settings(args), guidance_scale=args.guidance_scale, dtype=dtype)
     run = Path(model.source["checkpoint"]).parent
-    output = args.output or run / time.strftime("samples_%Y%m%d_%H%M%S")
+    output = gather(args.output or run / time.strftime("samples_%Y%m%d_%H%M%S"))[0]
+    output.mkdir(parents=True, exist_ok=True)
     if is_main:
         name_unknown_words(prompts, model.config.builtin_words)
-        output.mkdir(parents=True, exist_ok=True)
-    pictures = generate_sharded(model, prompts, progress=is_main, dtype=dtype, **how)
+    paths = draw_into(output, model, prompts, **how)
     if is_main:
-        for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
-            chunks = PngInfo()   # how it was made
-            for key, value in dict(prompt=prompt, index=i, **how, **model.source).items():
-                chunks.add_itxt(key, str(value))
-            to_pil(picture).save(output / f"{i:05d}.png", pnginfo=chunks)
-        make_grid(pictures, prompts).save(output / "grid.png")
+        first = np.stack([np.atleast_3d(Image.open(path)) for path in paths[:100]])
+        first = torch.from_numpy(first).permute(0, 3, 1, 2)
+        make_grid(first, prompts[:100]).save(output / "grid.png")
         if args.steps_strip:
-            make_strip(model, prompts[0], dtype=dtype, **how).save(output / "steps.png")
-        print(f"{len(pictures)} pictures in {output} (grid.png shows all)")
+            make_strip(model, prompts[0], **how).save(output / "steps.png")
+        print(f"{len(paths)} pictures in {output} (grid.png shows the first {len(first)})")
 
 
 if __name__ == "__main__":

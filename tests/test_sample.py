@@ -1,4 +1,5 @@
 """Sampling: the same pictures however they are shared out, guidance, and the frozen networks."""
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
-from conftest import TINY, errors, launch, run_ok, train_run
+from conftest import TINY, Job, errors, launch, run_ok, train_run
 from models import PRESETS, ImageCodec, ModelConfig, TextEncoder, load_model
 from sample import SAMPLERS, generate, guided_denoiser, make_grid, rescale_guidance
 from tiny_networks import make_vae
@@ -73,6 +74,35 @@ def test_the_command_line_on_one_process_and_on_two(run, tmp_path):
         assert one.text == two.text and made.items() <= one.text.items()
         assert one.text["checkpoint"].startswith(str(run))
     assert Image.open(tmp_path / "1/grid.png").width > Image.open(tmp_path / "1/steps.png").height
+
+
+@pytest.mark.slow
+def test_an_interrupted_call_goes_on(run, tmp_path):
+    """Pictures are saved as they come; after a SIGKILL the same call, on two processes and in other
+    batches, leaves those alone, draws the others, and ends with the pictures of one that was not
+    interrupted. Another prompt, guidance or number of pictures is refused before anything is drawn.
+    """
+    names = [f"{i:05d}.png" for i in range(40)]
+    flags = ["--checkpoint", run, "--prompts", *PROMPTS[:2], "--images-per-prompt", 20, "--device",
+             "cpu", "--steps", 20, "--output"]
+    with Job(tmp_path, *flags, tmp_path / "a", "--batch-size", 2, script="sample.py",
+             processes=1) as job:
+        job.until(lambda: len(list(tmp_path.glob("a/0*.png"))) > 3)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("a/0*.png")}
+    assert 3 < len(before) < 40
+    run_ok("sample.py", *flags, tmp_path / "a", "--batch-size", 5, processes=2)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in before}.items()
+    run_ok("sample.py", *flags, tmp_path / "b")
+    for name in names:
+        assert difference(*(Image.open(tmp_path / f"{x}/{name}") for x in "ab")) <= 1
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"grid.png", *names}
+    grids = [Image.open(tmp_path / f"{x}/grid.png") for x in "ab"]
+    assert difference(*grids) <= 1
+    for more in (["--seed", 1], ["--guidance-scale", 3], ["--images-per-prompt", 10]):
+        done = launch("sample.py", *flags, tmp_path / "a", *more)
+        assert done.returncode == 2 and re.fullmatch(
+            rf"error: --output {tmp_path}/a: another call made 000\d\d.png; name a new folder",
+            *errors(done.stderr))
 
 
 def test_guidance_is_uncond_plus_s_times_the_difference(model):
