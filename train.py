@@ -120,6 +120,8 @@ def add_training_flags(parser):
     add("--time-limit", type=float, metavar="MINUTES",
         help="stop and save after so long; not given: before a Slurm job's end")
     add("--save-every", type=int, default=1, metavar="N", help="epochs between checkpoints")
+    add("--save-minutes", type=float, default=30, metavar="N", help="minutes between checkpoints "
+        "inside an epoch; inf: none")
     add("--keep-last", type=int, default=3, metavar="K", help="newest checkpoints to keep")
     add("--keep-every", type=int, default=0, metavar="M", help="also keep every M-th epoch's")
     add("--sample-every", type=int, default=1, metavar="N", help="epochs between grids; 0: none")
@@ -174,6 +176,7 @@ def check_args(args, config, payload):
     check_ranges(
         args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, seed=0, workers=0,
         save_every=1, keep_last=1, log_every=1, keep_every=0, sample_every=0, max_steps=1,
+        save_minutes=0,
         time_limit=0, lr=0, warmup_steps=0, weight_decay=0, max_bad_images=(0, 1), snr_floor=0,
         min_snr_gamma=args.snr_floor or 0.01, sample_guidance=(0, 100))
     for name in ("val_fraction", "ema_decay"):
@@ -277,15 +280,16 @@ def give_signals_back():
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1, Ctrl-C, the clock, a file named `stop` or --max-steps ask the run to stop.
-    All ranks agree after the same update. A second Ctrl-C kills."""
+    """SIGTERM, SIGUSR1, Ctrl-C, the clock, a file named `stop` or --max-steps ask the run to stop,
+    and the clock to save. All ranks agree after the same update. A second Ctrl-C kills."""
 
-    def __init__(self, stop_file, deadline=math.inf, max_steps=None, step=0):
-        """`deadline`: a Unix time. Clock and file are the main rank's to watch."""
+    def __init__(self, stop_file, deadline=math.inf, max_steps=None, step=0, save_minutes=math.inf):
+        """`deadline`: a Unix time."""
         self.stop_file, self.deadline = stop_file, deadline
         self.max_steps = math.inf if max_steps is None else max_steps
         self.asked, self.agreed = False, step >= self.max_steps
-        self.next_look, self.work = 0.0, None
+        self.next_look, self.work, self.save_minutes = 0.0, None, save_minutes
+        self.note_save()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self.ask)
@@ -296,16 +300,24 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # torchrun's word for a second Ctrl-C
 
+    def look(self):
+        """Whether this rank was asked."""
+        if time.time() >= self.next_look:
+            self.asked |= time.time() >= self.deadline or self.stop_file.exists()
+            self.next_look = time.time() + 3
+        return self.asked
+
+    def note_save(self):
+        self.save_is_due, self.next_save = False, time.time() + 60 * self.save_minutes
+
     def poll(self, step):
         """Tell the other ranks whether this one was asked. Their answer is read after the next
         update, so that nobody waits for it."""
-        if dist.get_rank() == 0 and time.time() >= self.next_look:
-            self.asked |= time.time() >= self.deadline or self.stop_file.exists()
-            self.next_look = time.time() + 3
         if self.work:
             self.work.wait()
-            self.agreed = bool(self.vote.item())
-        self.vote = torch.tensor([float(self.asked)])
+            self.agreed, self.save_is_due = self.vote.bool().tolist()
+        wants_save = time.time() >= self.next_save and not self.save_is_due
+        self.vote = torch.tensor([self.look(), wants_save], dtype=torch.float32)
         self.work = dist.all_reduce(self.vote, async_op=True)   # over gloo, beside the GPU's work
         self.agreed |= step >= self.max_steps
 
@@ -744,7 +756,8 @@ def main(argv=None):
 
     max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)
-    stop = StopRequest(folder / "stop", deadline, args.max_steps, state.step)
+    stop = StopRequest(folder / "stop", deadline, args.max_steps, state.step, args.save_minutes)
+    save = partial(state.save, folder, (args.keep_last, args.keep_every), **record)
     while state.epoch < args.epochs and not stop.agreed:
         order.start_at(state.epoch, state.step_in_epoch)
         batches = iter(loader)
@@ -786,6 +799,9 @@ def main(argv=None):
                 unreadable.check()
                 bar.set_postfix_str(log.report(state, lr))
             stop.poll(state.step)
+            if stop.save_is_due and state.step_in_epoch < order.steps_per_epoch:
+                save()
+                stop.note_save()
         bar.close()
 
         # Saving comes before what may fail: drawing, validation, TensorBoard.
@@ -793,7 +809,8 @@ def main(argv=None):
             state.end_epoch()
         ends = stop.agreed or state.epoch == args.epochs
         if ends or state.epoch % args.save_every == 0:
-            state.save(folder, (args.keep_last, args.keep_every), tries=7 if ends else 1, **record)
+            save(tries=7 if ends else 1)
+            stop.note_save()
         if is_whole:
             finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder)
             log.restart(state)
