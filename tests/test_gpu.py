@@ -167,7 +167,8 @@ def test_captioned_pictures(tmp_path, photos, clip, vae, flags):
     if not IS_GPU and "fp16" in flags:
         pytest.skip("float16 is for GPUs")
     common = [*TINY, "--data", photos, "--text-encoder", clip, "--vae", vae, "--preset", "tiny",
-              "--pixel-unshuffle", 1, "--batch-size", 8, "--val-fraction", 0, "--epochs", 3, "--lr", 1e-4]
+              "--pixel-unshuffle", 1, "--batch-size", 8, "--val-fraction", 0, "--epochs", 3,
+              "--lr", 1e-4]
     data = [flag for flag in flags if flag in ("--random-crop", "--flip")]
     cpu = scalars(train_run(tmp_path, *common, *data, "--workers", 0), "train/loss")
     gpu = scalars(train_run(tmp_path, *common, *SMALL[-2:], "--workers", 2, *flags), "train/loss")
