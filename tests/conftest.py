@@ -94,7 +94,8 @@ class Job:
             self.process = subprocess.Popen(
                 command_line(script, *args, processes=processes, torchrun=torchrun), cwd=folder,
                 stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
+                env={**os.environ, **(env or {}), "PYTHONPATH":
+                     f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
 
     def __enter__(self):
         return self

@@ -130,13 +130,17 @@ class Variant:
     def __init__(self, unet, state, config, images, dtype=BF16, layout=LAYOUTS[0], tf32=True,
                  benchmark=False, compiled=False):
         self.unet, self.layout, self.tf32, self.benchmark = unet, layout, tf32, benchmark
+        self.optimizer = state.optimizer
         net = torch.compile(unet) if compiled else unet
         self.update = bare_update(net, config, state.optimizer, images, dtype)
 
     def seconds(self, steps):
         """(of a step, of one step's launches), told from so many after one that does not count.
         CUDA's queue takes a thousand kernels; beyond, to launch is to wait for the GPU."""
-        self.unet.to(memory_format=self.layout)
+        if not next(p for p in self.unet.parameters() if p.ndim == 4).is_contiguous(
+                memory_format=self.layout):
+            self.unet.to(memory_format=self.layout)
+            self.optimizer.state.clear()   # its moments have the other layout
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         with torch.backends.cudnn.flags(enabled=True, benchmark=self.benchmark, allow_tf32=True):
             start = now()
