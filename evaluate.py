@@ -40,7 +40,7 @@ from sample import DEFAULTS, add_sampling_flags, check_sampling, draw_share, sam
 
 METRICS = ("accuracy", "fid", "kid", "clip", "clip-fd")
 PLACES = ("checkpoint", "images", "data", "inception_weights", "clip_model", "output", "device",
-          "batch_size")
+          "batch_size", "vae", "text_encoder")
 LIBRARIES = ("torch", "torchmetrics", "torch-fidelity", "transformers", "diffusers", "numpy",
              "pillow")
 KID_IMAGES, KID_SUBSETS, KID_SUBSET_SIZE = 10_000, 100, 1000
@@ -528,7 +528,8 @@ def parse_args(argv=None):
 def open_model(args, device):
     """(model, what is judged, a stem for its results); flags that were not given become what it was
     trained with."""
-    model = load_model(args.checkpoint, device, args.weights, args.compile)
+    model = load_model(args.checkpoint, device, args.weights, args.compile,
+                       vae=args.vae, text_encoder=args.text_encoder)
     finite = all(p.isfinite().all() for p in model.unet.parameters())
     require(finite, args, "checkpoint", "training had diverged: not all finite; use an older one")
     args.data = args.data or model.run["data"]

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -565,10 +565,11 @@ def load_weights(unet, values):
 class Model:
     """All that sampling needs: the networks on one device, and where they came from.
 
-    The UNet is untrained at first, initialised from torch's global seed.
+    The UNet is untrained at first, initialised from torch's global seed. Raises: ValueError where
+    the frozen networks' weights are not those that `frozen` (the checkpoint) tells of.
     """
 
-    def __init__(self, config, device="cpu"):
+    def __init__(self, config, device="cpu", frozen=None):
         self.config, self.device = config, torch.device(device)
         self.schedule = NoiseSchedule(config, device)
         self.text_encoder = TextEncoder(config).to(device)
@@ -576,14 +577,30 @@ class Model:
         self.unet = build_unet(config, self.codec.latent_shape, self.text_encoder.width).to(device)
         if self.device.type == "cuda":   # the layout in which tensor cores convolve
             self.unet.to(memory_format=torch.channels_last)
+        # The weights' bits added up as integers: the same on any device, and fast. The built-in text
+        # encoder is drawn anew, and may differ in a last bit on another machine.
+        networks = dict(text_encoder=self.text_encoder, vae=self.codec)
+        self.frozen = {name: sum(p.view(torch.int32).sum().item() for p in network.parameters())
+                       for name, network in networks.items()
+                       if getattr(config, name) not in ("builtin", "none")}
+        for name, bits in self.frozen.items():
+            require((frozen or self.frozen).get(name) == bits, config, name, "holds other weights "
+                    "than the network of training; name the place of that one")
         self.source = {}   # checkpoint, epoch, step and weights, for the record
         self.run = {}      # the training run's flags and how many images it trained on
 
 
-def load_model(checkpoint, device="cpu", weights="ema", compiled=False):
-    """The Model in a checkpoint file or run folder, ready to sample. weights: "ema" or "raw"."""
+def config_of(payload, **places):
+    """A checkpoint's ModelConfig. `places`: vae and text_encoder, where they have moved."""
+    moved = {name: place for name, place in places.items() if place}
+    return replace(ModelConfig(**payload["config"]), **moved)
+
+
+def load_model(checkpoint, device="cpu", weights="ema", compiled=False, **places):
+    """The Model in a checkpoint file or run folder, ready to sample. weights: "ema" or "raw";
+    places: see config_of."""
     payload, path = load_checkpoint(checkpoint)
-    model = Model(ModelConfig(**payload["config"]), device)
+    model = Model(config_of(payload, **places), device, payload.get("frozen"))
     load_weights(model.unet, payload["ema" if weights == "ema" else "unet"])
     model.unet.requires_grad_(False).eval()
     if compiled:

@@ -313,6 +313,8 @@ def add_sampling_flags(parser):
     add("--seed", type=int, help="picture i is a function of the seed and i (default: %(default)s)")
     add("--batch-size", type=int, help="pictures at a time on each process (default: %(default)s)")
     add("--weights", choices=("ema", "raw"), default="ema", help="(default: %(default)s)")
+    add("--vae", metavar="PLACE", help="where the VAE is, if not where it was in training")
+    add("--text-encoder", metavar="PLACE", help="likewise; its weights must be those of training")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype")
     add("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -386,7 +388,8 @@ def main():
     args = parse_args()
     device = setup_processes(args.device)
     is_main, dtype = dist.get_rank() == 0, amp_dtype(args.amp, device)
-    model = load_model(args.checkpoint, device, args.weights, args.compile)
+    model = load_model(args.checkpoint, device, args.weights, args.compile,
+                       vae=args.vae, text_encoder=args.text_encoder)
     if args.export and is_main:
         export_pipeline(model, args.export, args.sampler)
         print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")

@@ -160,7 +160,8 @@ def parse_args(argv=None):
     config = make_config(args)
     if payload:
         given = argparse.Namespace(**vars(args) | asdict(config))
-        config = ModelConfig(**payload["config"])
+        # These two are places: that their weights are the same is checked when they are loaded.
+        config = models.config_of(payload, vae=first.vae, text_encoder=first.text_encoder)
         stored = payload["args"] | asdict(config)
         for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", *MODEL_FLAGS):
             require(getattr(given, name) == stored.get(name), given, name, f"the checkpoint {path} "
@@ -727,7 +728,7 @@ def main(argv=None):
 
     # The frozen networks, and the UNet that is trained: the same first weights on every rank.
     torch.manual_seed(args.seed)
-    model = Model(config, device)
+    model = Model(config, device, payload and payload.get("frozen"))
     if args.init_unet and not payload:
         models.load_unet_weights(model.unet, args.init_unet)
     model.text_encoder.remember(source.texts)
@@ -746,7 +747,7 @@ def main(argv=None):
 
     # The run folder. Where it is and when to pause are not part of what the checkpoint says.
     folder = make_run_folder(args, checkpoint_path)
-    record = dict(config=asdict(config), train_images=len(train_images),
+    record = dict(config=asdict(config), train_images=len(train_images), frozen=model.frozen,
                   fingerprint=source.fingerprint, args={
                       name: value for name, value in vars(args).items()
                       if name not in ("resume", "folder", "max_steps", "time_limit")})

@@ -15,9 +15,10 @@ from torch.utils.data import default_collate
 
 import data
 import train
-from conftest import TINY, Job, assert_same, launch, newest, run_ok, scalars, train_run
+from conftest import TINY, Job, assert_same, errors, launch, newest, run_ok, scalars, train_run
 from data import VOCABULARY, BuiltinShapes, GlobalOrder, Samples, image_loader
 from models import PRESETS, Model, load_checkpoint, load_model
+from tiny_networks import make_vae
 
 CONFIG = replace(PRESETS["tiny"], resolution=16, builtin_words=VOCABULARY)
 
@@ -193,6 +194,35 @@ def test_resume_is_exact(tmp_path, photos, clip, vae, processes, is_old):
     captions.write_text(captions.read_text().replace("dog", "cat", 1))
     assert re.search(f"^warning: --data {folder}: its names or captions have changed since .*$",
                      run_ok("train.py", "--resume", stopped).stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_frozen_networks_that_have_moved(tmp_path, photos, clip, vae):
+    """A run whose VAE and text encoder are elsewhere now goes on, is sampled and judged when told
+    where; other weights at that place are refused by all three."""
+    old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    old.mkdir()
+    for name, place in dict(clip=clip, vae=vae).items():
+        shutil.copytree(place, old / name)
+    run_ok("train.py", *TINY, "--data", photos, "--text-encoder", old / "clip", "--vae",
+           old / "vae", "--preset", "tiny", "--pixel-unshuffle", 1, "--batch-size", 4, "--workers",
+           0, "--max-steps", 1, "--val-fraction", 0, "--folder", run)
+    old.rename(new)
+    moved = ["--text-encoder", new / "clip", "--vae", new / "vae"]
+    ways = [["train.py", "--resume", run, "--max-steps", 2],
+            ["sample.py", "--checkpoint", run, "--prompts", "a", "--steps", 1],
+            ["evaluate.py", "--checkpoint", run, "--num-images", 4, "--steps", 1, "--metrics",
+             "accuracy"]]
+    error, = errors(launch(*ways[0]).stderr)
+    assert error.startswith(f"error: --text-encoder {old}/clip: no such folder")
+    for way in ways[:2]:
+        run_ok(*way, *moved)
+    run_ok("train.py", "--resume", run, "--max-steps", 3)
+    assert newest(run)["step"] == 3
+    make_vae(new / "vae", layers=2)
+    for way in ways:
+        error, = errors(launch(*way, *moved).stderr)
+        assert re.fullmatch(f"error: --vae {new}/vae: holds other weights than .+", error)
 
 
 def test_a_state_moves_between_kinds_of_devices(tmp_path):
