@@ -36,7 +36,14 @@ from tqdm import tqdm
 import data
 from data import BACKGROUNDS, COLOURS, SCENES, SHAPES, SIZES, gather, hash_of, interleave
 from models import load_model, load_pretrained, load_whole, require, write_atomically
-from sample import DEFAULTS, add_sampling_flags, check_sampling, draw_share, sampling_settings
+from sample import (
+    DEFAULTS,
+    OVERVIEWS,
+    add_sampling_flags,
+    check_sampling,
+    draw_share,
+    sampling_settings,
+)
 
 METRICS = ("accuracy", "fid", "kid", "clip", "clip-fd")
 PLACES = ("checkpoint", "images", "data", "inception_weights", "clip_model", "output", "device",
@@ -313,7 +320,7 @@ def finished_pictures(folder, side):
         raise FileNotFoundError(f"--images {folder}: no such folder")
     paths = [folder / name for name in data.Files(folder).names]
     paths = [path for path in paths if path.suffix.lower() in data.IMAGE_SUFFIXES
-             and path.name not in ("grid.png", "steps.png")]   # sample.py's overviews
+             and path.name not in OVERVIEWS]
     if not paths:
         raise ValueError(f"--images {folder}: holds no images ({', '.join(data.IMAGE_SUFFIXES)})")
     return PictureSet(len(paths), lambda i: data.read_image(paths[i], 3, side),

@@ -577,8 +577,8 @@ class Model:
         self.unet = build_unet(config, self.codec.latent_shape, self.text_encoder.width).to(device)
         if self.device.type == "cuda":   # the layout in which tensor cores convolve
             self.unet.to(memory_format=torch.channels_last)
-        # The weights' bits added up as integers: the same on any device, and fast. The built-in text
-        # encoder is drawn anew, and may differ in a last bit on another machine.
+        # The weights' bits added up as integers: the same on any device, and fast. The built-in
+        # text encoder is drawn anew, and may differ in a last bit on another machine.
         networks = dict(text_encoder=self.text_encoder, vae=self.codec)
         self.frozen = {name: sum(p.view(torch.int32).sum().item() for p in network.parameters())
                        for name, network in networks.items()

@@ -19,13 +19,14 @@ import re
 import textwrap
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -160,8 +161,9 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
     model: a Model, or the path of a run folder or checkpoint. The starting noise and every later
     draw of picture i come from (seed, indices[i]) alone (indices: 0, 1, ... by default), so they do
     not change with the batch size or the number of processes. dtype: autocast dtype of the network,
-    None for float32. With `trajectory` the x_0 estimates of all steps are returned as well, a list
-    of uint8 (N, c, H, W). `progress` is called after every step of that many pictures.
+    None for float32. With `trajectory` the x_t of each step and the estimate of x_0 made from it
+    are returned as well, a list of uint8 (2, N, c, H, W). `progress` is called after every step of
+    that many pictures.
     """
     check_sampling(argparse.Namespace(**locals()))   # of the arguments
     if not isinstance(model, Model):
@@ -174,7 +176,7 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
     indices = range(len(prompts)) if indices is None else indices
     timesteps = make_timesteps(model.schedule.num_train_timesteps, steps)
     negative_emb = model.text_encoder([negative_prompt])
-    pictures, estimates = [], [[] for _ in timesteps]
+    pictures, states = [], [[] for _ in timesteps]
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rngs = [counter_rng("sampling", seed, index) for index in indices[part]]
@@ -186,12 +188,13 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
         text_emb = model.text_encoder(prompts[part])
         denoise = guided_denoiser(model, text_emb, negative_emb.expand_as(text_emb),
                                   guidance_scale, guidance_rescale, guidance_interval, dtype)
-        x_T = draw_noise()
-        steps_taken = SAMPLERS[sampler](denoise, x_T, model.schedule, timesteps, draw_noise, eta)
-        for k, (x_t, x_0) in enumerate(steps_taken):
+        x_t = draw_noise()
+        steps_taken = SAMPLERS[sampler](denoise, x_t, model.schedule, timesteps, draw_noise, eta)
+        for k, (x_t_prev, x_0) in enumerate(steps_taken):
             progress(len(rngs))
             if trajectory:
-                estimates[k].append(to_uint8(model.codec.decode(x_0)))
+                states[k].append(torch.stack([to_uint8(model.codec.decode(x)) for x in (x_t, x_0)]))
+            x_t = x_t_prev
         images = model.codec.decode(x_t)
         if not images.isfinite().all():
             raise ValueError(f"--amp {dtype or 'off'}: pictures came out that are not finite; use "
@@ -199,7 +202,7 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
         pictures.append(to_uint8(images))
     # A rank may be left without prompts.
     pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])
-    return (pictures, [torch.cat(parts) for parts in estimates]) if trajectory else pictures
+    return (pictures, [torch.cat(parts, dim=1) for parts in states]) if trajectory else pictures
 
 
 def generate_sharded(model, prompts, **kwargs):
@@ -229,13 +232,14 @@ def to_pil(picture):
 
 
 def make_grid(pictures, captions=None, columns=None, cell=None):
-    """One PIL image with all pictures (N, c, H, W) uint8 in rows, each with its caption below;
-    small ones are enlarged."""
+    """One PIL image with all pictures (N, c, H, W) uint8 in rows, each with its caption below, of
+    at most four lines; small ones are enlarged."""
     side = pictures.shape[-1]
     cell = cell or side * max(1, round(128 / side))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows, gap, line, letters = math.ceil(len(pictures) / columns), 8, 12, max(1, cell // 6)
-    wrapped = [textwrap.wrap(caption, letters)[:4] for caption in captions or [""] * len(pictures)]
+    rows, gap, line, font = math.ceil(len(pictures) / columns), 8, 14, caption_font(12)
+    wrapped = [textwrap.wrap(caption, max(5, cell // 6), max_lines=4, placeholder=" ...")
+               for caption in captions or [""] * len(pictures)]
     # From one picture to the next.
     right, down = cell + gap, cell + gap + line * max(map(len, wrapped), default=0)
     grid = Image.new("RGB", (columns * right + gap, rows * down + gap), "white")
@@ -245,17 +249,27 @@ def make_grid(pictures, captions=None, columns=None, cell=None):
         grid.paste(to_pil(picture).resize((cell, cell), Image.NEAREST), (x, y))
         draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline="lightgray")
         for k, text in enumerate(lines):
-            draw.text((x, y + cell + 1 + k * line), text, fill="black", font_size=10)
+            draw.text((x, y + cell + 1 + k * line), text, fill="black", font=font)
     return grid
 
 
+def caption_font(size):
+    """A font with many alphabets where the machine has one, else Pillow's own, with Latin alone."""
+    for name in ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def make_strip(model, prompt, length=10, **how):
-    """One PIL image of the first picture's way from noise to picture: `length` of its x_0
-    estimates, drawn as `generate` does."""
-    _, estimates = generate(model, [prompt], trajectory=True, **how)
-    chosen = np.linspace(0, len(estimates) - 1, min(len(estimates), length)).round().astype(int)
-    pictures = torch.cat([estimates[k] for k in chosen])
-    return make_grid(pictures, [f"step {k + 1}" for k in chosen], columns=5)
+    """One PIL image of the first picture's way from noise to picture, drawn as `generate` does: x_t
+    above and the estimate of x_0 that the network makes of it below, at `length` of the steps."""
+    _, states = generate(model, [prompt], trajectory=True, **how)
+    timesteps = make_timesteps(model.schedule.num_train_timesteps, len(states))
+    chosen = np.linspace(0, len(states) - 1, min(len(states), length)).round().astype(int)
+    pictures = torch.cat([states[k] for k in chosen], dim=1).flatten(0, 1)
+    labels = [f"{what}, t = {timesteps[k][0]}" for what in ("x_t", "x_0") for k in chosen]
+    return make_grid(pictures, labels, columns=len(chosen))
 
 
 # Export
@@ -330,19 +344,27 @@ def parse_args():
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a file")
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
-    add("--prompt-file", type=Path, help="a text file with one prompt per line")
+    add("--prompt-file", help="a text file with one prompt per line; -: standard input")
     add("--images-per-prompt", type=int, default=1, metavar="N")
     add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"],
         help="s in uncond + s (cond - uncond); 1 is off (default: %(default)s)")
+    add("--guidance-scales", type=float, nargs="+", default=[], metavar="S",
+        help="also draw one sheet of all prompts, each with these scales")
     add("--steps-strip", action="store_true", help="also draw the first picture's way from noise")
     add("--output", type=Path, help="the pictures' folder (default: samples_TIME in the run's)")
     add("--export", type=Path, metavar="FOLDER", help="write it for diffusers' pipeline")
     add_sampling_flags(parser)
     args = parser.parse_args()
     if args.prompt_file:
-        require(args.prompt_file.is_file(), args, "prompt_file", "no such file")
-        lines = args.prompt_file.read_text("utf-8-sig").splitlines()
+        try:
+            with open(0 if args.prompt_file == "-" else args.prompt_file, "rb") as file:
+                lines = file.read().decode("utf-8-sig").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"--prompt-file {args.prompt_file}: {error}; a text file in UTF-8 is "
+                             "needed") from None
         args.prompts += [line.strip() for line in lines if line.strip()]
+    elif len(args.prompts) > 2 and not any(" " in prompt for prompt in args.prompts):
+        warnings.warn(f"--prompts: {len(args.prompts)} of one word each; a sentence needs quotes")
     if not args.prompts and not args.export:
         raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
     check_sampling(args, images_per_prompt=1)
@@ -353,8 +375,11 @@ def name_unknown_words(prompts, known):
     """A word-level text encoder draws nothing for words that it has never seen."""
     words = set(re.findall(r"\w+", " ".join(prompts).lower()))
     if known and (unknown := sorted(words - set(known))):
-        warnings.warn(f"--prompts: {', '.join(unknown)}: not among the words of the built-in "
-                      f"pictures, which are {', '.join(known)}", stacklevel=1)
+        warnings.warn(f"--prompts: {', '.join(unknown)}: not among the {len(known)} words of the "
+                      f"captions in training, such as {', '.join(known[:30])}", stacklevel=1)
+
+
+OVERVIEWS = ("grid.png", "guidance.png", "steps.png")
 
 
 def draw_into(folder, model, prompts, batch_size, **how):
@@ -363,7 +388,7 @@ def draw_into(folder, model, prompts, batch_size, **how):
     made = {folder / f"{i:05d}.png": {key: str(value) for key, value in
                                       dict(how, **model.source, prompt=prompt, index=i).items()}
             for i, prompt in enumerate(prompts)}
-    found = set(folder.glob("*.png")) - {folder / "grid.png", folder / "steps.png"}
+    found = {path for path in folder.glob("*.png") if path.name not in OVERVIEWS}
     for path in found:
         if path not in made or not made[path].items() <= Image.open(path).info.items():
             raise ValueError(f"--output {folder}: another call made {path.name}; name a new folder")
@@ -407,6 +432,15 @@ def main():
         first = np.stack([np.atleast_3d(Image.open(path)) for path in paths[:100]])
         first = torch.from_numpy(first).permute(0, 3, 1, 2)
         make_grid(first, prompts[:100]).save(output / "grid.png")
+    if args.guidance_scales:
+        columns = [generate_sharded(model, args.prompts, **how | dict(guidance_scale=scale))
+                   for scale in args.guidance_scales]
+        labels = [f"s = {scale:g}: {prompt}" for prompt in args.prompts
+                  for scale in args.guidance_scales]
+        if is_main:
+            sheet = make_grid(torch.stack(columns, 1).flatten(0, 1), labels, len(columns))
+            sheet.save(output / "guidance.png")
+    if is_main:
         if args.steps_strip:
             make_strip(model, prompts[0], **how).save(output / "steps.png")
         print(f"{len(paths)} pictures in {output} (grid.png shows the first {len(first)})")

@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
 from conftest import TINY, Job, errors, launch, run_ok, train_run
+from data import counter_rng
 from models import PRESETS, ImageCodec, ModelConfig, TextEncoder, load_model
-from sample import SAMPLERS, generate, guided_denoiser, make_grid, rescale_guidance
+from sample import SAMPLERS, generate, guided_denoiser, make_grid, rescale_guidance, to_uint8
 from tiny_networks import make_vae
 
 PROMPTS = ["a small red circle on a white background", "a large blue square on a black background",
@@ -58,15 +59,17 @@ def test_compiled_pictures_are_the_same(run, model):
 
 @pytest.mark.slow
 def test_the_command_line_on_one_process_and_on_two(run, tmp_path):
-    """Both write the same pictures, with how they were made in the files, an overview, the way from
-    noise to picture, and a warning that names the words the model does not know."""
+    """Both write the same pictures, with how they were made in the files, an overview, a sheet of
+    guidance scales, the way from noise to picture, and a warning that names the words the model
+    does not know."""
     (tmp_path / "prompts").write_text("\n\n".join(PROMPTS), "utf-8-sig")
     for processes, prompts in ((1, ["--prompts", *PROMPTS]), (2, ["--prompt-file", "prompts"])):
         done = run_ok("sample.py", "--checkpoint", run, *prompts, "--steps", 4, "--seed", 7,
                       "--sampler", "ddpm", "--output", tmp_path / str(processes), "--steps-strip",
-                      "--device", "cpu", processes=processes, cwd=tmp_path)
+                      "--guidance-scales", 1, 2, "--device", "cpu", processes=processes,
+                      cwd=tmp_path)
         assert "5 pictures in" in done.stdout
-        assert "warning: --prompts: grey, heart: not among the words of the buil" in done.stderr
+        assert re.search(r"warning: --prompts: grey, heart: not among the 25 words", done.stderr)
     for i, prompt in enumerate(PROMPTS):
         one, two = (Image.open(tmp_path / str(processes) / f"{i:05d}.png") for processes in (1, 2))
         assert difference(one, two) <= 1
@@ -74,6 +77,23 @@ def test_the_command_line_on_one_process_and_on_two(run, tmp_path):
         assert one.text == two.text and made.items() <= one.text.items()
         assert one.text["checkpoint"].startswith(str(run))
     assert Image.open(tmp_path / "1/grid.png").width > Image.open(tmp_path / "1/steps.png").height
+    sheets = [np.asarray(Image.open(tmp_path / f"{n}/guidance.png"), int) for n in (1, 2)]
+    assert abs(sheets[0] - sheets[1]).max() <= 1 and sheets[0].shape[1] == 2 * 136 + 8
+    drawn = sheets[0][8:136, 8 + 136:8 + 136 + 128:128 // 16]   # the first prompt at scale 2
+    assert abs(drawn[::8] - np.asarray(Image.open(tmp_path / "1/00000.png"), int)).max() <= 1
+
+
+def test_the_way_from_noise_to_picture(run):
+    """`trajectory` gives what each step starts from, first the noise, and the estimate of x_0 made
+    there, last the picture."""
+    model = load_model(run)
+    noise = counter_rng("sampling", 7, 0).standard_normal(
+        (1, *model.codec.latent_shape), dtype=np.float32)
+    pictures, states = generate(model, PROMPTS[:1], seed=7, steps=5, trajectory=True)
+    first = to_uint8(model.codec.decode(torch.from_numpy(noise)))
+    assert [state.shape for state in states] == [(2, *pictures.shape)] * 5
+    assert difference(states[0][0, 0].numpy(), first[0].numpy()) <= 1
+    assert torch.equal(states[-1][1], pictures)
 
 
 @pytest.mark.slow
@@ -240,7 +260,8 @@ def test_grid_has_every_picture_and_caption():
     (["--checkpoint", "RUN"], "no prompts: give --prompts TEXT ... or --prompt-file FILE"),
     (["--checkpoint", "RUN", "--prompts", "a", "--steps", "0"],
      "--steps 0: must be from 1 to the model's 1000 timesteps"),
-    (["--checkpoint", "RUN", "--prompt-file", "no"], "--prompt-file no: no such file")])
+    (["--checkpoint", "RUN", "--prompt-file", "no"], "--prompt-file no: [Errno 2] No such file or "
+     "directory: 'no'; a text file in UTF-8 is needed")])
 def test_mistakes_get_one_line(run, tmp_path, flags, message):
     """A wrong flag ends the script with one line and exit code 2."""
     flags = [str(run) if flag == "RUN" else flag for flag in flags]
