@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import nn
@@ -357,6 +357,16 @@ class TextEncoder(nn.Module):
             return self.clip(tokens.to(self.clip.device, non_blocking=True)).last_hidden_state
 
 
+def pixels_per_latent(config):
+    """The side of one element of x_0, in pixels."""
+    if config.vae == "none":
+        return config.pixel_unshuffle
+    found = load_pretrained(AutoencoderKL.load_config, config.vae, "vae", "--vae")
+    kind = found.get("_class_name")
+    require(kind == "AutoencoderKL", config, "vae", f"is a {kind}, not an AutoencoderKL")
+    return 2 ** (len(found["block_out_channels"]) - 1)
+
+
 class ImageCodec(nn.Module):
     """Between images (B, c, H, W) in [-1, 1] and x_0 (B, C, h, w): a frozen VAE, or the pixels.
 
@@ -368,16 +378,14 @@ class ImageCodec(nn.Module):
         """Raises: FileNotFoundError where the VAE is missing, ValueError where it does not fit."""
         super().__init__()
         self.is_pixel_space, self.patch = config.vae == "none", config.pixel_unshuffle
-        channels, factor = config.image_channels * self.patch**2, self.patch
+        channels, factor = config.image_channels * self.patch**2, pixels_per_latent(config)
         if not self.is_pixel_space:
-            source = config.vae, "vae", "--vae"
-            kind = load_pretrained(AutoencoderKL.load_config, *source).get("_class_name")
-            require(kind == "AutoencoderKL", config, "vae", f"is a {kind}, not an AutoencoderKL")
-            self.vae = load_pretrained(AutoencoderKL.from_pretrained, *source, **NO_ACCELERATE)
+            self.vae = load_pretrained(AutoencoderKL.from_pretrained, config.vae, "vae", "--vae",
+                                       **NO_ACCELERATE)
             self.vae.float().requires_grad_(False).eval()
             vae = self.vae.config
             self.scale, self.shift = vae.scaling_factor, vae.get("shift_factor") or 0.0
-            channels, factor = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
+            channels = vae.latent_channels
         require(config.resolution % factor == 0, config, "resolution",
                 f"{config.vae} needs a multiple of {factor}")
         side = config.resolution // factor
@@ -432,6 +440,32 @@ def read_unet_config(name):
     if (kind := found.get("_class_name")) != "UNet2DConditionModel":
         raise ValueError(f"--init-unet {name}: is a {kind}, not a UNet2DConditionModel")
     return {key: value for key, value in found.items() if not key.startswith("_")}
+
+
+def read_pipeline(name, config):
+    """What a diffusers pipeline (hub id or folder) says of itself, as fields of ModelConfig; a UNet
+    alone tells its architecture and size. Raises: ValueError where its betas are none of ours."""
+    unet = read_unet_config(name)
+    side = (unet.get("sample_size") or 0) * pixels_per_latent(config)
+    said = dict(unet=unet, resolution=side or config.resolution)
+    try:
+        noise = load_pretrained(DDPMScheduler.load_config, name, "scheduler", "--init-unet")
+        tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, "tokenizer", "--init-unet")
+    except (OSError, ValueError):
+        warnings.warn(f"--init-unet {name}: is no pipeline and does not say how it was trained; "
+                      "give its --token-length, --beta-schedule and --prediction-type")
+        return said
+    kind = noise.get("beta_schedule", "").replace("squaredcos_cap_v2", "cosine")
+    ours = make_betas(kind, 1000)[[0, -1]]
+    theirs = ours.new_tensor([noise.get("beta_start", 0), noise.get("beta_end", 0)])
+    if kind != "cosine" and not theirs.allclose(ours):
+        raise ValueError(f"--init-unet {name}: its betas end at {theirs.tolist()}, not at those of "
+                         f"--beta-schedule {kind}, {ours.tolist()}; use another pipeline")
+    return said | dict(
+        beta_schedule=kind, num_train_timesteps=noise["num_train_timesteps"],
+        prediction_type=noise.get("prediction_type", "epsilon"),
+        zero_terminal_snr=noise.get("rescale_betas_zero_snr", False),
+        token_length=tokenizer.model_max_length)
 
 
 def load_unet_weights(unet, name):

@@ -80,8 +80,8 @@ def make_parser():
     title = "model (kept in the checkpoint; defaults from the preset)"
     add = parser.add_argument_group(title).add_argument
     add("--preset", choices=PRESETS, help="not given: standard, tiny for shapes")
-    add("--init-unet", metavar="NAME", help="a diffusers UNet or pipeline to start from; give its "
-        "--text-encoder, --vae, --beta-schedule, --prediction-type")
+    add("--init-unet", metavar="NAME", help="a diffusers UNet or pipeline to start from; give "
+        "its --text-encoder and --vae")
     for name, option in MODEL_FLAGS.items():
         kind = SWITCH | dict(default=None) if option.type is bool else dict(type=option.type)
         add(f"--{name.replace('_', '-')}", **kind, **option.metadata)
@@ -159,15 +159,19 @@ def parse_args(argv=None):
             setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
     config = make_config(args)
     if payload:
-        given = argparse.Namespace(**vars(args) | asdict(config))
         # These two are places: that their weights are the same is checked when they are loaded.
         config = models.config_of(payload, vae=first.vae, text_encoder=first.text_encoder)
         stored = payload["args"] | asdict(config)
         for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", *MODEL_FLAGS):
-            require(getattr(given, name) == stored.get(name), given, name, f"the checkpoint {path} "
-                    f"has {stored.get(name)}; leave the flag out, or start a new run")
+            require(getattr(args, name) in (None, stored.get(name)), args, name, f"the checkpoint "
+                    f"{path} has {stored.get(name)}; leave the flag out, or start a new run")
     elif args.init_unet:
-        config = replace(config, unet=models.read_unet_config(args.init_unet))
+        said = models.read_pipeline(args.init_unet, config)
+        said["resolution"] = args.resolution or said["resolution"]   # a UNet can draw at any size
+        for name, value in said.items():
+            require(getattr(args, name, None) in (None, value), args, name,
+                    f"the pipeline of --init-unet has {value}; leave the flag out")
+        config = replace(config, **said)
     check_args(args, config, payload)
     return args, config, payload, path
 

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 import data
 import sample
+import train
 from conftest import TINY, newest, run_ok, scalars, train_run
 from models import PRESETS, Model, ModelConfig, load_model, read_unet_config
 from sample import export_pipeline
@@ -84,8 +85,7 @@ def test_training_goes_on_from_an_exported_unet(tmp_path, photos, clip, vae):
     assert "for diffusers: StableDiffusionPipeline.from_pretrained" in done.stdout
     assert_draws_ours(folder, model, steps=10)
     tuned = train_run(tmp_path, *flags, "--init-unet", folder, "--preset", "standard",
-                      "--token-length", 16, "--beta-schedule", "linear", "--prediction-type",
-                      "sample", "--max-steps", 2)
+                      "--max-steps", 2)
     source, images = data.CaptionedImages(photos), np.arange(24)
     samples = data.Samples(data.image_loader(source, model.config), source.captions, images,
                            model.config, model.codec.latent_shape)
@@ -96,6 +96,29 @@ def test_training_goes_on_from_an_exported_unet(tmp_path, photos, clip, vae):
     run_ok("train.py", "--resume", tuned, "--max-steps", 3)
     assert newest(tuned)["step"] == 3
     assert newest(tuned)["config"]["unet"]["block_out_channels"] == [64, 128]
+
+
+def test_a_pipeline_says_how_it_was_trained(tmp_path, clip, vae):
+    """--init-unet takes schedule, prediction type, tokens and, unless told otherwise, the size from
+    the pipeline; a flag that contradicts is refused, and so are betas that are not ours. A UNet
+    alone is trained on with a warning."""
+    said = dict(prediction_type="v_prediction", zero_terminal_snr=True, token_length=20,
+                beta_schedule="linear", num_train_timesteps=900)
+    export_pipeline(make_model(clip, vae, **said), tmp_path)
+    flags = ["--data", "x", "--text-encoder", clip, "--vae", vae, "--init-unet"]
+    config = train.parse_args([*flags, str(tmp_path)])[1]
+    assert said.items() <= vars(config).items() and config.resolution == 16
+    assert train.parse_args([*flags, str(tmp_path), "--resolution", "32"])[1].resolution == 32
+    for flag, value in (("--prediction-type", "epsilon"), ("--token-length", "77"),
+                        ("--beta-schedule", "cosine")):
+        with pytest.raises(ValueError, match=f"^{flag} {value}: the pipeline of --init-unet has "):
+            train.parse_args([*flags, str(tmp_path), flag, value])
+    with pytest.warns(UserWarning, match="^--init-unet .*/unet: is no pipeline and does not say"):
+        assert train.parse_args([*flags, str(tmp_path / "unet")])[1].resolution == 16
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace("0.02", "0.03"))
+    with pytest.raises(ValueError, match=r"^--init-unet .*: its betas end at \[0.0001, 0.03\]"):
+        train.parse_args([*flags, str(tmp_path)])
 
 
 def test_a_unet_that_does_not_fit(tmp_path, clip, vae):
