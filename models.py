@@ -9,10 +9,12 @@ Symbols, as in Ho et al. 2020 (DDPM) and Salimans & Ho 2022 (v-prediction):
     v          sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
     text_emb   the text encoder's last_hidden_state, (B, L, D)
 """
+import errno
 import os
 import re
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -540,6 +542,19 @@ def save_checkpoint(payload, path):
         # A full disk reaches us as torch.save's RuntimeError, with the OSError behind it.
         cause = error.__context__
         raise cause if isinstance(cause, OSError) else OSError(str(error)) from None
+
+
+def save_in_little_room(payload, path, keep_every):
+    """save_checkpoint. On a full disk the older ones make room, but for the newest good one and the
+    first of every keep_every-th epoch."""
+    try:
+        save_checkpoint(payload, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with suppress(OSError, ValueError):   # there is none, or none that is good
+            prune_checkpoints(load_checkpoint(path.parent)[1], 1, keep_every)
+        save_checkpoint(payload, path)
 
 
 def find_checkpoints(folder):

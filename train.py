@@ -510,7 +510,7 @@ class TrainingState:
             for wait in [10] * (tries - 1) + [0]:
                 with tolerate_disk_faults(f"checkpoint {path}"):
                     folder.mkdir(exist_ok=True)
-                    models.save_checkpoint(payload, path)
+                    models.save_in_little_room(payload, path, keep[1])
                     saved = True
                     models.prune_checkpoints(path, *keep)
                 if saved:

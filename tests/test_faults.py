@@ -1,5 +1,6 @@
 """Faults made on purpose: disks, numbers, bad pictures, lost and stopped processes, hostile files.
 """
+import errno
 import os
 import pickle
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,28 @@ def test_the_last_save_is_tried_again_and_then_fails(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=f"^step 0: not saved in 7 tries; make room.+{tmp_path}"):
             state.save(tmp_path, tries=7)
     assert sum(slept) == 60 and not os.listdir(tmp_path)
+
+
+def test_a_full_disk_drops_older_checkpoints(tmp_path, monkeypatch):
+    """On a disk with room for two files a new checkpoint takes the place of the older ones: the
+    newest good one stays, a damaged one newer than that does not count, and every fourth epoch's is
+    kept."""
+    paths = [write(tmp_path, step) for step in range(1, 7)]
+    os.truncate(paths[5], 100)
+    size, real_save = paths[0].stat().st_size, torch.save
+
+    def save(payload, file):
+        if sum(path.stat().st_size for path in checkpoints(tmp_path)) > 3 * size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_save(payload, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    state = new_state()
+    state.epoch = state.step = 7
+    with pytest.warns(UserWarning, match="step00000006.pt: cannot be read"):
+        state.save(tmp_path, keep=(6, 4), config=asdict(ModelConfig()))
+    left = [int(path.stem[-8:]) for path in checkpoints(tmp_path)]
+    assert left == [4, 5, 6, 7] and load_checkpoint(tmp_path)[0]["step"] == 7
 
 
 @pytest.mark.slow
