@@ -16,7 +16,8 @@ source slurm/common.sh
 umask 077   # what is written from here on, the connection files among it, is readable by the owner alone
 export JUPYTER_RUNTIME_DIR=$PWD/slurm/jupyter-$SLURM_JOB_ID
 mkdir "$JUPYTER_RUNTIME_DIR"
-trap 'rm -r "$JUPYTER_RUNTIME_DIR"' EXIT
+# Both servers end first, since they write there until they do.
+trap 'kill $(jobs -p) 2> /dev/null || true; wait; rm -rf "$JUPYTER_RUNTIME_DIR"' EXIT
 JUPYTER_TOKEN=$(python -c 'import secrets; print(secrets.token_hex())')   # given like this, it is not written to the log
 export JUPYTER_TOKEN
 free_port() { python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'; }
@@ -25,4 +26,5 @@ free_port() { python -c 'import socket; print(socket.create_server(("127.0.0.1",
 port=$(free_port)
 printf '\n"tensorboard": %s\n' "$port" > "$JUPYTER_RUNTIME_DIR/tensorboard"
 tensorboard --logdir=runs --host=127.0.0.1 --port="$port" &
-jupyter "${1:-lab}" --no-browser --ip=127.0.0.1 --port="$(free_port)" "${@:2}"
+jupyter "${1:-lab}" --no-browser --ip=127.0.0.1 --port="$(free_port)" "${@:2}" &
+wait $!   # for Jupyter alone; unlike a command in the foreground it lets a signal through to the trap at once
