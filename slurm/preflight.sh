@@ -13,5 +13,9 @@
 set -euo pipefail
 source slurm/common.sh
 
-hours=$(sed -n 's/^#SBATCH --time=\([0-9]*\):.*/\1/p' slurm/train.sh)   # what the run will have, unless told by --time-limit
-launch slurm/preflight.py --time-limit "$((60 * hours - 5))" "$@"
+# What the run will have, unless told by --time-limit. Slurm's forms are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
+minutes=$(sed -n 's/^#SBATCH --time=\([0-9][-:0-9]*\).*/\1/p' slurm/train.sh | awk -F '[-:]' '
+    /-/ { minutes = 1440 * $1 + 60 * $2 + $3 }
+    !/-/ { minutes = NF == 3 ? 60 * $1 + $2 : $1 }
+    { print (minutes > 50 ? minutes - 5 : 0.9 * minutes) }')
+launch slurm/preflight.py --time-limit "${minutes:-inf}" "$@"
