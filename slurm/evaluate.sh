@@ -14,4 +14,4 @@
 set -euo pipefail
 source slurm/common.sh
 
-launch evaluate.py "$@"
+launch evaluate.py "$@" || { preempted && requeue; exit 1; }

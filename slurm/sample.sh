@@ -14,4 +14,4 @@
 set -euo pipefail
 source slurm/common.sh
 
-launch sample.py "$@"
+launch sample.py "$@" || { preempted && requeue; exit 1; }

@@ -14,18 +14,19 @@
 #
 # The run lives in runs/job_JOBID. train.py stops in time by itself, with a checkpoint, and this script puts the job back
 # in the queue as long as the run is unfinished and each turn brings it further, so that an error cannot repeat for ever.
+# A turn that a preemption ended does not count.
 set -euo pipefail
 source slurm/common.sh
 
 run=runs/job_$SLURM_JOB_ID
+if [[ " $*" == *" --fo"* ]]; then echo "error: --folder: the run lives in $run; to go on from another: --resume RUN" >&2; exit 2; fi
+if [[ -e $run/stop ]]; then echo "stopped by $run/stop: remove it to go on"; exit; fi
 mkdir -p "$run"
 newest_checkpoint() { find "$run" -name 'checkpoint_*.pt' | sort | tail -n 1; }
 
 before=$(newest_checkpoint)
 status=0
 launch train.py --folder "$run" "$@" || status=$?
-# The file `stop` is made by train.py when nothing is left to do, or by you, to stop a running job for good.
-if [[ ! -e $run/stop && $(newest_checkpoint) != "$before" ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+# The file `stop` is made by train.py when nothing is left to do, or by you, to stop the job for good.
+if [[ ! -e $run/stop ]] && { [[ $(newest_checkpoint) != "$before" ]] || preempted; }; then requeue; fi
 exit "$status"

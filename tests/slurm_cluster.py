@@ -6,7 +6,8 @@ ports and folders.
         slurm.finish(job, "COMPLETED")
 
 Each node has two made-up GPUs and the feature gpu32g, so that the scripts' own #SBATCH lines are
-accepted. The system's Slurm is not touched: the programs find this one through SLURM_CONF.
+accepted. Jobs of the partition urgent preempt those of gpu, which get a grace time of 30 s. The
+system's Slurm is not touched: the programs find this one through SLURM_CONF.
 """
 import getpass
 import os
@@ -47,7 +48,7 @@ GresTypes=gpu
 NodeName=DEFAULT CPUs=32 RealMemory=262144 Gres=gpu:2 Feature=gpu32g
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=gpu Nodes=node[1-2] Default=YES State=UP PriorityTier=1
+PartitionName=gpu Nodes=node[1-2] Default=YES State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=node[1-2] State=UP PriorityTier=2
 """
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
@@ -159,6 +160,11 @@ class SlurmCluster:
     def submit(self, *script_and_args, options=()):
         """sbatch's job id."""
         return self.run("sbatch", "--parsable", *options, *map(str, script_and_args)).strip()
+
+    def preempt_all(self):
+        """An urgent job takes both nodes for a second."""
+        self.submit(options=["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+                             "--wrap=sleep 1"])
 
     def job(self, job):
         """scontrol's fields of a job."""

@@ -4,16 +4,19 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
+from datetime import datetime
+from functools import partial
 from http.client import HTTPConnection
 
 import pytest
 from PIL import Image
 
 from conftest import ROOT, TINY, assert_same, checkpoints, errors, launch, newest, run_ok
-from slurm_cluster import SlurmCluster, environment, poll, why_not
+from slurm_cluster import PATH, SlurmCluster, environment, poll, why_not
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +98,14 @@ def send(pids, number):
         os.kill(pid, number)
 
 
+def in_path(folder, **programs):
+    """The option with which sbatch puts these shell scripts before the programs of their names."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return f"--export=ALL,PATH={folder}:{PATH}"
+
+
 def test_jobs_train_as_torchrun_does(slurm, plain, flags):
     """sbatch train.sh gives torchrun's weights bit for bit on one node with two GPUs, and its
     losses on two nodes with one each; finished jobs are not put back in the queue."""
@@ -115,9 +126,8 @@ def test_orderly_stops_lose_nothing(slurm, plain, flags):
     job = slurm.submit("slurm/train.sh", *flags, options=["--time=1"])
 
     def preempt():
-        slurm.submit(options=["--partition=urgent", "--nodes=2", "--exclusive",
-                              "--output=/dev/null", "--wrap=sleep 1"])
-        poll(lambda: "DUE TO PREEMPTION" in slurm.log(job), 30, "the preemption")
+        slurm.preempt_all()
+        poll(lambda: slurm.job(job)["PreemptTime"] != "None", 30, "the preemption")
 
     def let_time_pass():   # train.py stops after 54 of the 60 seconds
         minutes, seconds = slurm.job(job)["RunTime"].split(":")[-2:]
@@ -167,6 +177,95 @@ def test_what_is_not_put_back_in_the_queue(slurm, flags):
     assert "error: --data nowhere: no such folder or .zip file" in slurm.log(fails)
 
 
+def test_preempted_while_starting(slurm, plain, flags):
+    """Jobs that are preempted before they can save anything end within the grace time, and are put
+    back in the queue; an error in the turn that follows still ends a job."""
+    judge = ["slurm/evaluate.sh", "--checkpoint", "plain", "--device", "cpu", "--data", "shapes"]
+    jobs = [slurm.submit(*command, options=["--gres=gpu:1"]) for command in (
+        ["slurm/train.sh", *flags, "--max-steps", "2"], [*judge, "--steps", "2", "--num-images", 4],
+        ["slurm/sample.sh", "--checkpoint", "nowhere", "--prompts", "a dog"])]
+    poll(lambda: all(map(partial(ranks_of, slurm), jobs)), 60, "all to start")
+    slurm.preempt_all()
+    for job, state in zip(jobs, ["COMPLETED", "COMPLETED", "FAILED"]):
+        slurm.finish(job, state, restarts=1)
+
+
+# What these jobs start as torchrun is a shell script.
+
+
+def test_one_torchrun_a_node(slurm, tmp_path):
+    """However tasks and GPUs were asked for, a node gets one torchrun with one process per GPU. It
+    needs no host name where there is no other node."""
+    path = in_path(tmp_path, torchrun='echo "started with $*"')
+    asked = {"--ntasks-per-node=2": [2], "--ntasks=2": [2], "--ntasks=2 --gpus-per-task=1": [2],
+             "--nodes=2 --gres=none --gpus=3": [1, 2],
+             "--nodes=2 --gres=none --ntasks=3 --gpus-per-task=1": [1, 2]}
+    jobs = [slurm.submit("slurm/train.sh", options=[path, *how.split()]) for how in asked]
+    for job, expected in zip(jobs, asked.values()):
+        slurm.finish(job, "COMPLETED")
+        found = re.findall(r"started with .*--nproc-per-node=(\d) --local-addr=(\S+) "
+                           r".*--rdzv-endpoint=([^:]+):", slurm.log(job))
+        address = "127.0.0.1" if len(expected) == 1 else socket.gethostname()
+        assert sorted(found) == [(str(count), address, address) for count in expected]
+
+
+def test_user_signals_end_neither_script_nor_torchrun(slurm, tmp_path):
+    """USR1 to the script, as from --signal=B:USR1@60, and to the processes of the run, as without
+    B:, which train.py takes for a wish to stop."""
+    path = in_path(tmp_path, torchrun=f"echo begun; until [[ -e {tmp_path}/go ]]; do :; done")
+    job = slurm.submit("slurm/train.sh", options=[path])
+    poll(lambda: "begun" in slurm.log(job), 30, "the run")
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.run("scancel", "--signal=USR1", job)
+    time.sleep(1)
+    (tmp_path / "go").touch()
+    slurm.finish(job, "COMPLETED")
+
+
+def test_array_tasks_with_a_controller_that_fails(slurm, tmp_path):
+    """A task of an array is put back in the queue alone, also the last, which has the array's job
+    id; and one that fails to reach Slurm tries again."""
+    fails = '''mkdir "$0-$1-$SLURM_JOB_ID-$SLURM_RESTART_COUNT" 2> /dev/null && exit 1
+        exec {} "$@"'''   # the first call of a kind in each turn
+    path = in_path(tmp_path, torchrun='''echo "ends at $SLURM_JOB_END_TIME"
+        run=runs/job_$SLURM_JOB_ID
+        touch "$run/checkpoint_${SLURM_RESTART_COUNT:-0}.pt"
+        if ((SLURM_ARRAY_TASK_ID == 0 || SLURM_RESTART_COUNT)); then touch "$run/stop"; fi''', **{
+            name: fails.format(shutil.which(name, path=PATH)) for name in ("squeue", "scontrol")})
+    array = slurm.submit("slurm/train.sh", options=[path, "--array=0-1%1", "--gres=gpu:1"])
+    slurm.finish(f"{array}_1", "COMPLETED", restarts=1)
+    slurm.finish(f"{array}_0", "COMPLETED")
+    assert slurm.job(f"{array}_1")["JobId"] == array
+    for task in (0, 1):
+        job = slurm.job(f"{array}_{task}")
+        end = int(datetime.fromisoformat(job["StartTime"]).timestamp()) + 24 * 3600
+        assert re.findall(r"ends at (.*)", slurm.log(job["JobId"]))[-1] == str(end)
+
+
+def test_stop_before_the_start_and_other_folders(slurm, tmp_path):
+    """A file `stop` that is made while the job waits keeps it from starting; a --folder, in which
+    train.sh would not look for checkpoints, is refused."""
+    path = in_path(tmp_path, torchrun="echo begun")
+    waits = slurm.submit("slurm/train.sh", options=[path, "--hold"])
+    run_of(slurm, waits).mkdir(parents=True)
+    (run_of(slurm, waits) / "stop").touch()
+    slurm.run("scontrol", "release", waits)
+    refused = slurm.submit("slurm/train.sh", "--folder", "mine", options=[path])
+    slurm.finish(waits, "COMPLETED")
+    assert slurm.log(waits) == f"stopped by runs/job_{waits}/stop: remove it to go on\n"
+    slurm.finish(refused, "FAILED")
+    assert slurm.log(refused) == (f"error: --folder: the run lives in runs/job_{refused}; to go on "
+                                  "from another: --resume RUN\n")
+
+
+def test_without_the_environment():
+    """Where common.sh has not activated the environment, one line says so."""
+    done = subprocess.run(["bash", "slurm/sample.sh"], env=dict(PATH="/usr/bin:/bin", HOME="/"),
+                          cwd=ROOT, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: no torchrun: activate your environment in slurm/common.sh\n"
+
+
 def test_sample_and_evaluate(slurm, plain):
     """sample.sh hands prompts with quotes, commas and other scripts' letters to sample.py as they
     are, on two GPUs; evaluate.sh judges a checkpoint."""
@@ -184,12 +283,14 @@ def test_sample_and_evaluate(slurm, plain):
 
 def test_jupyter_lets_its_owner_in_alone(slurm, tmp_path):
     """jupyter.sh answers on this node alone, at the printed port, with the token only, and leaves
-    neither token nor files to others; connect_jupyter.sh says what state the job is in."""
+    neither token nor files to others; connect_jupyter.sh says what state the job is in, and takes
+    other ports of the laptop."""
     if not shutil.which("jupyter-server"):
         pytest.skip("no jupyter-server here: pip install jupyter-server")
 
     def connect(job, *flags):
-        env = slurm.env | dict(USER="me", PATH=f"{tmp_path}:{slurm.env['PATH']}")
+        env = slurm.env | dict(PATH=f"{tmp_path}:{slurm.env['PATH']}")
+        env.pop("USER", None)
         return subprocess.run(["slurm/connect_jupyter.sh", *flags, job], cwd=slurm.cwd, env=env,
                               capture_output=True, text=True, timeout=30)
 
@@ -211,15 +312,34 @@ def test_jupyter_lets_its_owner_in_alone(slurm, tmp_path):
     (tmp_path / "ssh").write_text('#!/bin/bash\n[[ $1 == -N ]] && echo "$*" || bash -c "${*:2}"')
     (tmp_path / "ssh").chmod(0o755)
     assert re.fullmatch(
-        rf"-N -o ExitOnForwardFailure=yes -J me@login -L 8888:127.0.0.1:{port} "
-        rf"-L 6006:127.0.0.1:{tensorboard} me@node\d",
-        connect(job, "--login", "me@login", "--run").stdout.splitlines()[-1])
+        rf"-N -o ExitOnForwardFailure=yes -J me@login -L 1234:127.0.0.1:{port} "
+        rf"-L 5678:127.0.0.1:{tensorboard} me@node\d",
+        connect(job, "--login", "me@login", "--run", "--port", "1234", "--tensorboard-port", "5678"
+                ).stdout.splitlines()[-1])
 
     slurm.run("scancel", job)
     poll(lambda: not folder.exists(), 60, "the connection files to be removed")
     poll(lambda: "is gone" in connect(job).stderr, 60, "the job to be gone")
     pending = slurm.submit("slurm/jupyter.sh", options=["--begin=now+1hour"])
     assert f"job {pending} is still pending" in connect(pending).stderr
+
+
+def test_jupyter_leaves_nothing(slurm, tmp_path):
+    """Neither the folder, where Jupyter still writes as it ends, nor TensorBoard after a Jupyter
+    that failed."""
+    path = in_path(tmp_path, tensorboard="exec sleep 300", jupyter='''
+        trap 'sleep 1; touch "$JUPYTER_RUNTIME_DIR/late"; exit' TERM
+        echo "$1 begun"
+        while [[ $1 != bad ]]; do sleep 0.1; done
+        exit 3''')
+    good, bad = (slurm.submit("slurm/jupyter.sh", how, options=[path]) for how in ("good", "bad"))
+    slurm.finish(bad, "FAILED")
+    poll(lambda: "good begun" in slurm.log(good), 30, "the other")
+    slurm.run("scancel", good)
+    poll(lambda: slurm.job(good)["JobState"] == "CANCELLED", 30, "its end")
+    time.sleep(2)
+    assert not list(slurm.cwd.glob("slurm/jupyter-*/"))
+    assert not [pid for pid in slurm.processes() if environment(pid).get("SLURM_JOB_ID") == bad]
 
 
 def answer(port, page, token=None):
@@ -252,6 +372,25 @@ def test_preflight_on_slurm(slurm, flags):
     assert said["time"].endswith("1 x the time limit of 23.9 h")
     slurm.finish(bad, "FAILED")
     assert checks(slurm.log(bad))[1] == ["disk"]
+
+
+@pytest.mark.parametrize("form", ["08:00:00", "2-00:00:00", "120", "1-12", "00:30:00", "90:00",
+                                  "1-12:30"])
+def test_preflight_reads_time_as_slurm_does(slurm, tmp_path, form):
+    """preflight.sh counts with the --time of train.sh in all of Slurm's forms."""
+    job = slurm.submit(options=["--hold", f"--time={form}", "--wrap=true"])
+    days, hours, minutes = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):00",
+                                        slurm.job(job)["TimeLimit"]).groups()
+    limit = 1440 * int(days or 0) + 60 * int(hours) + int(minutes)
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    script = tmp_path / "slurm" / "train.sh"
+    script.write_text(re.sub(r"(?<=--time=)\S+", form, script.read_text()))
+    in_path(tmp_path, srun='echo "$*"', squeue="echo 1")
+    env = os.environ | dict(SLURM_JOB_ID="1", SLURM_JOB_NUM_NODES="1", PATH=f"{tmp_path}:{PATH}")
+    done = subprocess.run(["bash", "slurm/preflight.sh"], cwd=tmp_path, env=env, timeout=30,
+                          capture_output=True, text=True)
+    given = float(re.search(r"--time-limit (\S+)", done.stdout)[1])
+    assert given == max(limit - 5, 0.9 * limit), done.stderr
 
 
 def test_preflight_says_what_a_cached_run_will_take(vae, flags, tmp_path):
@@ -288,4 +427,4 @@ def test_scripts_are_clean_and_short():
     done = subprocess.run(["shellcheck", "--external-sources", *scripts], cwd=ROOT, timeout=120,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert all(len(script.read_text().splitlines()) <= 45 for script in scripts)
+    assert all(len(script.read_text().splitlines()) <= 55 for script in scripts)
