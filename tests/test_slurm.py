@@ -328,10 +328,11 @@ def test_jupyter_leaves_nothing(slurm, tmp_path):
     """Neither the folder, where Jupyter still writes as it ends, nor TensorBoard after a Jupyter
     that failed."""
     path = in_path(tmp_path, tensorboard="exec sleep 300", jupyter='''
-        trap 'sleep 1; touch "$JUPYTER_RUNTIME_DIR/late"; exit' TERM
+        [[ $1 != bad ]] || exit 3
+        trap 'end=$((SECONDS + 1))' TERM
         echo "$1 begun"
-        while [[ $1 != bad ]]; do sleep 0.1; done
-        exit 3''')
+        while ((SECONDS <= ${end:-9999})); do : > "$JUPYTER_RUNTIME_DIR/$RANDOM"; done 2> /dev/null
+        ''')
     good, bad = (slurm.submit("slurm/jupyter.sh", how, options=[path]) for how in ("good", "bad"))
     slurm.finish(bad, "FAILED")
     poll(lambda: "good begun" in slurm.log(good), 30, "the other")
