@@ -1,8 +1,9 @@
-"""Ten thousand mutated captions files, zips, checkpoints and pictures: each loads, or is refused by
-an error of our own kind, in little time and memory."""
+"""Ten thousand mutated captions files, archives, checkpoints and pictures: each loads, or is
+refused by an error of our own kind, in little time and memory."""
 import io
 import resource
 import struct
+import tarfile
 import time
 import warnings
 import zipfile
@@ -105,7 +106,8 @@ def packed(members, method=zipfile.ZIP_STORED):
 
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-MEMBERS = {"captions.txt": CAPTION_FILES["captions.txt"], "a.png": picture(), "b.png": picture()}
+MEMBERS = {"captions.txt": CAPTION_FILES["captions.txt"].encode(), "a.png": picture(),
+           "b.png": picture()}
 ZIPS = [packed(MEMBERS, method) for method in METHODS]
 
 
@@ -115,6 +117,41 @@ def test_zips(folder, base, changes):
     """Mutated archives, with each kind of compression."""
     (folder / "set.zip").write_bytes(mutate(base, changes))
     try_source(folder / "set.zip")
+
+
+def tar_of(members, kind):
+    """The bytes of a .tar; PAX and GNU keep long names in members of their own."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def with_right_sums(content):
+    """A .tar whose headers' sums fit again, so that it is not refused for these."""
+    content = bytearray(content)
+    for k in range(0, len(content) - 511, 512):
+        if content[k + 257:k + 262] == b"ustar":
+            total = 256 + sum(content[k:k + 148]) + sum(content[k + 156:k + 512])
+            content[k + 148:k + 156] = b"%06o\0 " % total
+    return bytes(content)
+
+
+TARS = [tar_of(MEMBERS | {f"{50 * 'long '}/\xe9.png": picture()}, kind)
+        for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)] + [
+        tar_of(MEMBERS, tarfile.USTAR_FORMAT)]
+
+
+@fuzz
+@given(base=st.sampled_from(TARS), changes=edits, rights=st.booleans())
+def test_tars(folder, base, changes, rights):
+    """Mutated .tar files, half of them with the headers' sums made right again."""
+    content = mutate(base, changes)
+    (folder / "set.tar").write_bytes(with_right_sums(content) if rights else content)
+    try_source(folder / "set.tar")
 
 
 PICTURES = [picture(kind) for kind in ("JPEG", "GIF", "BMP", "WEBP", "TIFF")] + [
