@@ -32,9 +32,9 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, product, zip_longest
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,6 +164,8 @@ SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items
             if kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")}
 IMAGE_SUFFIXES, FORMATS = tuple(SUFFIXES), sorted(set(SUFFIXES.values()))
 SRGB = ImageCms.createProfile("sRGB")
+SIDECARS = (".txt", ".caption", ".json")   # beside an image of the same name
+UNREAD = (".json", ".parquet", ".arrow")   # what img2dataset writes beside a .txt, and tables
 TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".token", ".json", ".jsonl", ".ndjson")
 # The file system's fault, not the file's.
 OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
@@ -315,79 +317,104 @@ def split_of(name):
     return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
+def upwards(folder):
+    """(folder above, own name) of a folder, of the folder above it, and so on."""
+    while folder:
+        folder, _, name = folder.rpartition("/")
+        yield folder, name
+
+
 def splits_and_classes(folders):
     """{folder: (its split or None, its class or "")}.
 
     A level of folders stands for splits where all of its names do, or names of two splits are among
     them, so that `train` among `bus` and `car` stays a class. Others are classes.
     """
-    paths = {folder: [*(PurePosixPath(folder) / "image").parents][:-1] for folder in folders}
     level = {}   # the splits that the folders beside one another stand for
-    for path in chain.from_iterable(paths.values()):
-        level.setdefault(path.parent, set()).add(split_of(path.name))
+    for above, name in chain.from_iterable(map(upwards, folders)):
+        level.setdefault(above, set()).add(split_of(name))
+    places = {}
+    for folder in folders:
+        split, word = None, ""   # of the innermost folders
+        for above, name in upwards(folder):
+            if None not in level[above] or len(level[above]) > 2 and split_of(name):
+                split = split or split_of(name)
+            else:
+                word = word or name
+        places[folder] = split, word
+    return places
 
-    def is_split(path):
-        kinds = level[path.parent]
-        return None not in kinds or len(kinds) > 2 and split_of(path.name)
 
-    return {folder: (next((split_of(path.name) for path in inner if is_split(path)), None),
-                     next((path.name for path in inner if not is_split(path)), ""))
-            for folder, inner in paths.items()}
+def shorten(path, suffixed, parts):
+    """The last so many parts of a path, 0: all, with or without an image's suffix."""
+    if not suffixed and path.lower().endswith(IMAGE_SUFFIXES):
+        path = path.rpartition(".")[0]
+    return "/".join(path.split("/")[-parts:])
+
+
+def path_parts(name):
+    """A file's folder with a slash, or "", its name, and its suffix in lower case."""
+    folder, slash, name = name.rpartition("/")
+    stem, suffix = os.path.splitext(name)
+    return folder + slash, stem, suffix.lower()
 
 
 class ImageNames:
-    """Finds images by what captions files call them."""
+    """Finds images, by their numbers among all files, from what captions files call them."""
 
     def __init__(self, names):
-        self.names, self.tables = names, {}
-        self.folders = {name[:name.rfind("/") + 1] for name in names}   # with a slash, or ""
+        self.names = {k: unicodedata.normalize("NFC", name) for k, name in enumerate(names)
+                      if name.lower().endswith(IMAGE_SUFFIXES)}
+        self.folders = {name[:name.rfind("/") + 1] for name in self.names.values()}   # "" or "a/"
+        places = splits_and_classes({folder[:-1] for folder in self.folders})
+        self.places = {k: places[name.rpartition("/")[0]] for k, name in self.names.items()}
         self.parts = set(chain.from_iterable(folder.split("/") for folder in self.folders))
+        self.tables = {}
 
     def find(self, written, folder=""):
         """The number of the image that a file in `folder` calls so, or None.
 
         It is looked for beside the file, by its last folder and name and by its name alone; then
-        without suffixes. Nothing written is contradicted, and where images lie beside the file no
-        others are meant.
+        without suffixes. Nothing written is contradicted: one of both paths ends with the other.
+        Where images lie beside the file no others are meant.
         """
-        written = unicodedata.normalize("NFC", written.strip().replace("\\", "/"))
-        written = written.removeprefix("./")
-        for level in product((True, False), (0, 2, 1)):
-            if level[1] == 2 and "/" not in folder + written:
-                continue
-            number = self._table(level).get(shorten(folder + written, *level))
-            name = "" if number is None else self.names[number]
-            contradicts = level[1] == 1 and "/" in written and "/" in name
-            is_elsewhere = folder in self.folders and not name.startswith(folder)
-            if number is not None and not contradicts and not is_elsewhere:
-                return number
+        written = written.strip().replace("\\", "/").removeprefix("./")
+        folder, written = (unicodedata.normalize("NFC", path) for path in (folder, written))
+        within = folder if folder in self.folders else ""
+        for suffixed, parts in product((True, False), (0, 2, 1)):
+            number = self._table(suffixed, parts).get(shorten(folder + written, suffixed, parts))
+            if number is not None and self.names[number].startswith(within):
+                listed, meant = (f"/{shorten(path, suffixed, 0)}"
+                                 for path in (self.names[number], written))
+                if listed.endswith(meant) or meant.endswith(listed):
+                    return number
         return None
 
-    def _table(self, level):
+    def _table(self, *level):
         """{shortened name: number}, made when it is first needed."""
         if level not in self.tables:
             table = self.tables[level] = {}
-            for number, name in enumerate(self.names):
-                name = shorten(unicodedata.normalize("NFC", name), *level)
+            for number, name in self.names.items():
+                name = shorten(name, *level)
                 table[name] = None if name in table else number   # nobody knows which is meant
         return self.tables[level]
 
 
-def shorten(name, suffixed, parts):
-    """The last so many parts of a path, 0: all, with or without an image's suffix."""
-    if not suffixed and name.lower().endswith(IMAGE_SUFFIXES):
-        name = name.rpartition(".")[0]
-    return "/".join(name.split("/")[-parts:])
+def is_usual(name):
+    return USUAL.fullmatch(os.path.basename(name)) is not None
+
+
+def reading_order(name):
+    return not is_usual(name), name.count("/"), is_usual(name) and len(name)
 
 
 def pick_keys(keys, wanted):
     """(key of the image, keys of its captions, keys that may hold other captions) of a table's
     columns or a JSON row's keys; wanted: --caption-column. Raises: LookupError."""
     image = next((key for key in IMAGE_KEYS if key in keys), None)
-    numbered = [k for k in keys if re.fullmatch(r"\w*(caption|text|sentence|comment)_?\d+", k)]
-    fitting = ([key for key in CAPTION_KEYS if key in keys] or numbered
-               or [key for key in keys if "caption" in key])
-    captions = fitting if fitting == numbered else fitting[:1]
+    fitting = ([key for key in CAPTION_KEYS if key in keys] or
+               [key for key in keys if re.search(r"caption|(text|sentence|comment)_?\d+$", key)])
+    captions = [key for key in fitting if key[-1].isdigit()] or fitting[:1]
     if wanted:
         captions = [key for key in keys if key == wanted.lower()]
     if not (image and captions):
@@ -405,6 +432,11 @@ def texts_in(value):
     if value is None or value != value:
         return []
     return [text for item in value for text in texts_in(item)]   # TypeError: a number
+
+
+def one_line(text):
+    """Text as a caption: in one line, and without the half characters that JSON and names allow."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def read_json(lines, is_whole):
@@ -426,86 +458,96 @@ def read_json(lines, is_whole):
 
 def read_table(lines, find, wanted):
     """Rows of comma-, semicolon-, tab- or pipe-separated lines below a header or, without one, of
-    `image,caption` or `image.jpg#0<TAB>caption` lines; None for a row that is broken."""
-    header = next(lines, "")
+    `image,caption` or `image.jpg#0<TAB>caption` lines; {} for a row that is broken."""
+    header, quoting = next(lines, ""), csv.QUOTE_MINIMAL
     comma = next((delimiter for delimiter in "\t|;" if delimiter in header), ",")
-    keys, has_header = [key.strip(' "\r\n').lower() for key in header.split(comma)], True
+    keys = [key.strip(' "\r\n').lower() for key in header.split(comma)]
     try:
         captions = pick_keys(keys, wanted)[1]
     except LookupError:
         first, _, rest = header.partition(comma)
         if not rest or comma == "\t" and comma in rest or find(first.partition("#")[0]) is None:
             raise
-        has_header, keys, captions = False, ["image", "caption"], ["caption"]
-    quoting = csv.QUOTE_MINIMAL if has_header or comma == "," else csv.QUOTE_NONE
-    for row in csv.DictReader(lines if has_header else chain([header], lines), keys, strict=True,
-                              delimiter=comma, quoting=quoting):
+        lines, keys, captions = chain([header], lines), ["image", "caption"], ["caption"]
+        quoting = csv.QUOTE_MINIMAL if comma == "," else csv.QUOTE_NONE
+    for row in csv.DictReader(lines, keys, strict=True, delimiter=comma, quoting=quoting):
         if None in row and keys[-1:] == captions:   # a caption with commas, not quoted
             row[keys[-1]] = comma.join([row[keys[-1]], *row.pop(None)])
-        yield None if None in row or None in row.values() else row
+        yield {} if None in row or None in row.values() else row
 
 
 class Table:
     """What one captions file says of the images, or all files beside them of one kind."""
 
-    def __init__(self, name):
-        self.name, self.files, self.line, self.names = name, [], 0, {}
-        self.captions, self.splits, self.faults = {}, {}, {}   # by image number; by what is wrong
+    def __init__(self, kind, files=()):
+        """kind: the file's name, or the suffix of many."""
+        self.is_beside = kind in SIDECARS
+        self.name = f"{len(files):,} {kind} files" if self.is_beside else kind
+        self.files, self.line = files, 0
+        self.numbers = {}   # of images, by what they are called; None: which is not known
+        self.captions, self.splits, self.faults = {}, {}, {}   # by number; by what is wrong
 
-    def read(self, images, text, folder, wanted):
-        """Add the rows of a captions file of any usual kind. Raises: many kinds of errors where it
-        is damaged, LookupError where it is no captions file."""
-        def lines():
-            for self.line, line in enumerate(text, 1):   # in which a fault is met
-                yield line
-
-        keys, suffix = None, os.path.splitext(self.name)[1].lower()
-        for row in (read_json(lines(), suffix == ".json") if "json" in suffix
-                    else read_table(lines(), images.find, wanted)):
-            row = {str(key).strip().lower(): value for key, value in (row or {}).items()}
-            image, captions, others = keys = keys or pick_keys(list(row), wanted)
-            if image not in row:
+    def read(self, images, file, text, wanted):
+        """Add the captions in a file. Raises: many kinds of errors where it is damaged, LookupError
+        where it is no captions file."""
+        folder, stem, suffix = path_parts(file)
+        if self.is_beside:
+            return self._add(images, folder, stem, filter(str.strip, text))
+        keys = None
+        lines = (line for self.line, line in enumerate(text, 1))   # in which a fault is met
+        for row in (read_json(lines, suffix == ".json") if "json" in suffix
+                    else read_table(lines, partial(images.find, folder=folder), wanted)):
+            row = {str(key).strip().lower(): value for key, value in row.items()}
+            keys = keys or row and pick_keys(list(row), wanted)
+            if not keys or keys[0] not in row:
                 self.faults.setdefault(BROKEN, {})[f"line {self.line}"] = None
                 continue
-            written = re.sub(r"(\.\w+)#\d+$", r"\1", str(row[image]).strip())
-            if image == "filename" and "filepath" in row:   # Karpathy's COCO
+            written = re.sub(r"(\.\w+)#\d+$", r"\1", str(row[keys[0]]).strip())
+            if keys[0] == "filename" and "filepath" in row:   # Karpathy's COCO
                 written = f"{row['filepath']}/{written}"
-            texts = [text for key in captions for text in texts_in(row.get(key))]
-            self.add(images, folder, written, texts, row.get("split"))
+            texts = [text for key in keys[1] for text in texts_in(row.get(key))]
+            self._add(images, folder, written, texts, split_of(str(row.get("split"))))
         if keys and keys[2]:
             self.name += f" ({keys[1][0]}; --caption-column {keys[2][0]} takes the other)"
 
-    def add(self, images, folder, written, texts, split=None):
-        """The captions of the image that a file in `folder` calls so; returns its number."""
-        number, split = images.find(written, folder), split_of(str(split))
-        # JSON may hold half characters.
-        texts = [" ".join(t.encode("utf-8", "replace").decode().split()) for t in texts]
+    def _add(self, images, folder, written, texts, split=None):
+        """The captions of the image that a file in `folder` calls so."""
+        path = folder + written
+        if path not in self.numbers:
+            number = images.find(written, folder)
+            # Of two names for one image, one means another that is not there.
+            self.numbers[path] = None if number in self.splits else number
+        number, fault = self.numbers[path], None
+        texts = [one_line(text) for text in texts]
         kept = [text for text in texts if text.lower() not in ("", "nan")]
-        fault = None
-        # Of two names for one image, one means another that is not there.
-        if number is None or self.names.setdefault(number, written) != written:
+        if number is None:
             is_known = images.parts.issuperset(written.replace("\\", "/").split("/")[-2:-1])
-            number, fault = None, None if split == "test" else MISSING if is_known else NO_FOLDER
+            fault = None if split == "test" else MISSING if is_known else NO_FOLDER
         elif len(kept) < max(1, len(texts)):
             fault = EMPTY
         elif any("\ufffd" in text for text in kept):
             fault = NOT_UTF8
         if fault:
             self.faults.setdefault(fault, {})[written] = None
-        if number is not None and kept:
+        if number is not None:
+            file_split = images.places[number][0] or split_of(os.path.basename(self.files[0]))
+            self.splits.setdefault(number, split or file_split)
+        if kept and number is not None:
             self.captions.setdefault(number, []).extend(kept)
-            self.splits.setdefault(number, split)
-        return number
 
 
 def choose(tables):
     """Those that name most images. Two that name the same image are never both taken."""
-    taken = []
+    taken, covered = set(), set()
     for table in sorted(tables, key=lambda table: -len(table.captions)):
-        if table.captions and all(table.captions.keys().isdisjoint(other.captions)
-                                  for other in taken):
-            taken.append(table)
+        if covered.isdisjoint(table.captions):
+            taken.add(table)
+            covered.update(table.captions)
     return [table for table in tables if table in taken]
+
+
+def such_as(what, names):
+    return f"{len(names):,} {what}, such as {', '.join(map(repr, list(names)[:3]))}"
 
 
 class CaptionedImages:
@@ -520,32 +562,29 @@ class CaptionedImages:
         column: --caption-column. Raises: FileNotFoundError, ValueError with one line that names
         the file and the fix."""
         self.path, self.files = Path(path), Files(path)
-        listed = self.files.names
-        numbers = [k for k, name in enumerate(listed) if name.lower().endswith(IMAGE_SUFFIXES)]
-        if not numbers:
+        listed, images = self.files.names, ImageNames(self.files.names)
+        if not images.names:
             raise ValueError(f"--data {path}: no images among {len(listed)} file(s), such as "
                              f"{(listed or [None])[0]}; name a .zip itself, unpack a compressed "
                              ".tar; for parquet, arrow, npz or idx see README.md's recipe")
-        images = ImageNames([listed[k] for k in numbers])
-        places = splits_and_classes({name.rpartition("/")[0] for name in images.names})
-        places = [places[name.rpartition("/")[0]] for name in images.names]
-        tables, tried = [], {}
+        tables, unread = [], {}
         if template is None or "{}" in template:
             source = Files(captions, "--captions") if captions else self.files
-            tables, tried = self._read_tables(source, images, column)
-        taken = choose(tables) or [self._class_table(images, places, template, tried)]
-        texts, split = {}, {}
+            tables, unread = self._read_tables(source, images, column)
+            if captions and not tables:
+                raise ValueError(f"--captions {captions}: no captions of the images of --data "
+                                 f"{path}: {unread or 'none is named'}; mend or drop it")
+        taken = choose(tables) or [self._class_table(images, template, unread)]
+        texts, splits = {}, {}
         for table in taken:
             texts |= table.captions
-            for k in table.captions:
-                split[k] = (table.splits.get(k) or places[k][0]
-                            or split_of(table.name.rpartition("/")[2]))
-        known = "train" in split.values()
-        split = {k: known and (of_k or "train") for k, of_k in split.items()}
-        self.report = self._report(images, taken, texts, split, max_missing)
-        texts = {k: of_k for k, of_k in texts.items() if split[k] != "test"}
-        self.validation = np.flatnonzero([split[k] == "val" for k in texts])   # the data's own
-        self.files.keep([numbers[k] for k in texts])
+            splits |= {k: table.splits[k] for k in table.captions}
+        known = "train" in splits.values()
+        splits = {k: known and (split or "train") for k, split in splits.items()}
+        self.report = self._report(images, taken, texts, splits, max_missing)
+        texts = {k: of_k for k, of_k in texts.items() if splits[k] != "test"}
+        self.validation = np.flatnonzero([splits[k] == "val" for k in texts])   # the data's own
+        self.files.keep(list(texts))
         self.names = self.files.names
         self.texts = PackedStrings(chain.from_iterable(texts.values()))
         self.first = np.cumsum([0, *map(len, texts.values())])   # image i's first text
@@ -553,55 +592,59 @@ class CaptionedImages:
                                     self.texts.ends, self.first])
 
     def _read_tables(self, source, images, column):
-        """(the tables in `source`, {file: why it is none}), until every image has a caption."""
-        tables, tried, covered = {}, {}, set()
-        order = {k: (not USUAL.fullmatch(os.path.basename(name)), name.count("/"), name)
-                 for k, name in enumerate(source.names) if name.lower().endswith(TEXT_SUFFIXES)}
-        for k in sorted(order, key=lambda k: (*order[k][:2], order[k][0] or len(order[k][2]), k)):
+        """(the tables in `source`, read until every image has a caption; {file that may hold
+        captions all the same: why it gave none})."""
+        numbers = {name: k for k, name in enumerate(source.names)
+                   if name.lower().endswith(TEXT_SUFFIXES + UNREAD)}
+        groups, tables, unread, covered = {}, [], {}, set()
+        for name in sorted(numbers, key=reading_order):
+            folder, stem, suffix = path_parts(name)
+            is_beside = (suffix in SIDECARS and not is_usual(name)
+                         and images.find(stem, folder) is not None)
+            groups.setdefault(suffix if is_beside else name, []).append(name)
+        for kind, files in groups.items():
             if len(covered) == len(images.names):
                 break
-            is_unusual, _, name = order[k]
-            folder, stem = name[:name.rfind("/") + 1], os.path.basename(name).rpartition(".")[0]
-            suffix = name[len(folder + stem):]
-            is_beside = (is_unusual and suffix in (".txt", ".caption", ".json")
-                         and images.find(stem, folder) is not None)
-            if is_beside and suffix == ".json":   # what img2dataset writes beside a .txt
-                continue
-            table = tables.setdefault(suffix if is_beside else name, Table(name))
-            table.files.append(name)
+            table, name, start = Table(kind, files), files[0], None
             try:
-                with source.open_text(k) as text:
-                    if is_beside:
-                        table.name = f"{len(table.files):,} {suffix} files"
-                        table.add(images, folder, stem, list(filter(str.strip, text)))
-                    else:
-                        table.read(images, text, folder, column)
+                if kind.lower().endswith(UNREAD[1:]) or kind == UNREAD[0]:
+                    raise LookupError("not read")
+                for name in files:
+                    with source.open_text(numbers[name]) as text:
+                        start = text.read(4096)
+                        text.seek(0)
+                        table.read(images, name, text, column)
+                if not table.captions:
+                    raise LookupError("none of its captions is of an image here")
+                tables.append(table)
+                covered.update(table.captions)
             except Exception as error:   # csv, json and zlib have a dozen kinds for damage
-                tried[name] = f"line {table.line}: {error}"[:200]
-                if not (is_unusual or isinstance(error, LookupError)):
+                reason = f"line {table.line}: {error}"[:200]
+                # LookupError alone: no captions file. Its kin, such as KeyError, are damage.
+                if type(error) is not LookupError and (table.is_beside or is_usual(name)):
                     raise ValueError(f"--data {self.path}: {name} is not as expected: "
-                                     f"{type(error).__name__}: {tried[name]}") from None
-                table.captions.clear()
-            covered.update(table.captions if not is_beside else [images.find(stem, folder)])
-        return list(tables.values()), tried
+                                     f"{type(error).__name__}: {reason}") from None
+                words = re.findall(r"[\w./-]{4,}", start or "")
+                if start is None or table.numbers or any(
+                        images.find(word) is not None for word in words):
+                    unread[name] = reason
+        return tables, unread
 
-    def _class_table(self, images, places, template, tried):
+    def _class_table(self, images, template, unread):
         """Captions from --caption-template. Raises: ValueError where the folders' names may be no
         captions and the template was not given by hand."""
         used = "a photo of a {}" if template is None else template
-        table, classes = Table(f"--caption-template {used!r}"), {}
-        for number, (_, word) in enumerate(places):
+        table, classes, reason = Table(f"--caption-template {used!r}"), {}, None
+        for number, (split, word) in images.places.items():
             # kohya's 10_dog and Caltech's 001.dog are dogs; a shard's name is no class.
             word = re.sub(r"^\d+[._](?=\D)|.*\.tar$", "", word)
             classes.setdefault(word, set()).add(os.path.basename(images.names[number]))
-            caption = used.replace("{}", word.replace("_", " "))
-            table.captions[number] = [" ".join(caption.split())]
+            table.captions[number] = [one_line(used.replace("{}", word.replace("_", " ")))]
+            table.splits[number] = split
         if "{}" not in used:
             return table
-        reason, unread = None, [] if template else [
-            name for k, name in enumerate(self.files.names) if self._may_hold_captions(k, images)]
-        if unread:
-            reason = f"{unread[0]} may hold them ({tried.get(unread[0], 'not read')})"
+        if unread and not template:
+            reason = "{} may hold them ({})".format(*next(iter(unread.items())))
         elif "" in classes or len(classes) < 2:
             reason = f"{min(classes[min(classes)])} is in no folder of one class among others"
         elif template is None and len(set(map(frozenset, classes.values()))) == 1:
@@ -610,33 +653,24 @@ class CaptionedImages:
             raise ValueError(f"--data {self.path}: no captions: {reason}; {HOW}")
         return table
 
-    def _may_hold_captions(self, k, images):
-        """Whether file k, which gave no captions, names an image, or is of a kind not read here."""
-        stem, suffix = os.path.splitext(os.path.basename(self.files.names[k]))
-        if suffix.lower() not in TEXT_SUFFIXES:
-            return suffix.lower() in (".parquet", ".arrow")
-        with self.files.open_text(k) as text:
-            words = re.findall(r"[\w./-]{4,}", text.read(4096))
-        return any(images.find(word) is not None for word in (stem, *words))
-
-    def _report(self, images, taken, texts, split, max_missing):
+    def _report(self, images, taken, texts, splits, max_missing):
         """{title: what was understood}. Raises: ValueError where too many captions are lost."""
         left_out = []
         for table in taken:
             for (what, fix), examples in table.faults.items():
-                left_out.append(f"{len(examples)} {what}, such as {next(iter(examples))!r}")
+                left_out.append(such_as(what, examples))
                 if fix and len(examples) > max_missing * (len(texts) + len(examples)):
                     raise ValueError(f"--data {self.path}: {table.name}: {left_out[-1]}; {fix}, or "
                                      f"allow more with --max-bad-images, {max_missing} now")
-        used = set(images.names).union(*(table.files for table in taken))
-        aside = [name for name in self.files.names if name not in used]
+        used = set(chain.from_iterable(table.files for table in taken))
+        without, aside = [], []
+        for k, name in enumerate(self.files.names):
+            if k not in texts and name not in used:
+                (without if k in images.names else aside).append(name)
         aside.sort(key=lambda name: not name.lower().endswith(TEXT_SUFFIXES))
-        for what, names in (("images without a caption", [
-                name for k, name in enumerate(images.names) if k not in texts]),
-                            ("other files", aside)):
-            if names:
-                left_out.append(f"{len(names)} {what}, such as {', '.join(names[:3])}")
-        count, kinds = sum(map(len, texts.values())), Counter(split.values())
+        left_out += [such_as("images without a caption", without)] if without else []
+        left_out += [such_as("other files", aside)] if aside else []
+        count, kinds = sum(map(len, texts.values())), Counter(splits.values())
         report = {"captions": f"{count:,} of {', '.join(table.name for table in taken)}, "
                               f"{count / len(texts):.3g} an image, such as "
                               f"{next(iter(texts.values()))[0]!r}"}
