@@ -301,7 +301,8 @@ IMAGE_KEYS = ("file_name", "filename", "image", "image_name", "image_path", "img
 CAPTION_KEYS = ("caption", "captions", "text", "prompt", "sentence", "sentences", "raw", "title",
                 "description", "comment")
 # Captions files that are read first, and that must not be damaged.
-USUAL = re.compile(r"(metadata|captions?)\.\w+|captions?_.*\.json|.*\.token(\.txt)?", re.I)
+USUAL = re.compile(r"(.*/)?((metadata|captions?)\.\w+|captions?_[^/]*\.json|.*\.token(\.txt)?)",
+                   re.IGNORECASE | re.DOTALL)
 # What may be wrong with a row, and what to do where that happens too often.
 MISSING = "named images that are not there or in several folders", "add them or drop captions"
 NOT_UTF8 = "images with captions that are not in UTF-8", "convert that file"
@@ -311,6 +312,7 @@ HOW = ("give --captions FILE, --caption-column NAME or a --caption-template: {} 
        "an image's folder, one without {} serves all images, an empty one is no caption")
 
 
+@lru_cache
 def split_of(name):
     """"train", "val" or "test" where a name says so, such as seg_train or captions_val2017."""
     words = re.findall("[a-z]+", name.lower())
@@ -400,12 +402,9 @@ class ImageNames:
         return self.tables[level]
 
 
-def is_usual(name):
-    return USUAL.fullmatch(os.path.basename(name)) is not None
-
-
 def reading_order(name):
-    return not is_usual(name), name.count("/"), is_usual(name) and len(name)
+    is_usual = USUAL.fullmatch(name) is not None
+    return not is_usual, name.count("/"), is_usual and len(name)
 
 
 def pick_keys(keys, wanted):
@@ -484,6 +483,7 @@ class Table:
         self.is_beside = kind in SIDECARS
         self.name = f"{len(files):,} {kind} files" if self.is_beside else kind
         self.files, self.line = files, 0
+        self.split = split_of(kind.rpartition("/")[2]) if files else None
         self.numbers = {}   # of images, by what they are called; None: which is not known
         self.captions, self.splits, self.faults = {}, {}, {}   # by number; by what is wrong
 
@@ -515,8 +515,11 @@ class Table:
         path = folder + written
         if path not in self.numbers:
             number = images.find(written, folder)
-            # Of two names for one image, one means another that is not there.
-            self.numbers[path] = None if number in self.splits else number
+            if number in self.splits:   # of two names for one image, one means another
+                number = None
+            elif number is not None:
+                self.splits[number] = split or images.places[number][0] or self.split
+            self.numbers[path] = number
         number, fault = self.numbers[path], None
         texts = [one_line(text) for text in texts]
         kept = [text for text in texts if text.lower() not in ("", "nan")]
@@ -529,9 +532,6 @@ class Table:
             fault = NOT_UTF8
         if fault:
             self.faults.setdefault(fault, {})[written] = None
-        if number is not None:
-            file_split = images.places[number][0] or split_of(os.path.basename(self.files[0]))
-            self.splits.setdefault(number, split or file_split)
         if kept and number is not None:
             self.captions.setdefault(number, []).extend(kept)
 
@@ -599,7 +599,7 @@ class CaptionedImages:
         groups, tables, unread, covered = {}, [], {}, set()
         for name in sorted(numbers, key=reading_order):
             folder, stem, suffix = path_parts(name)
-            is_beside = (suffix in SIDECARS and not is_usual(name)
+            is_beside = (suffix in SIDECARS and not USUAL.fullmatch(name)
                          and images.find(stem, folder) is not None)
             groups.setdefault(suffix if is_beside else name, []).append(name)
         for kind, files in groups.items():
@@ -615,13 +615,13 @@ class CaptionedImages:
                         text.seek(0)
                         table.read(images, name, text, column)
                 if not table.captions:
-                    raise LookupError("none of its captions is of an image here")
+                    raise LookupError(such_as("names without image or caption", table.numbers))
                 tables.append(table)
                 covered.update(table.captions)
             except Exception as error:   # csv, json and zlib have a dozen kinds for damage
-                reason = f"line {table.line}: {error}"[:200]
+                reason = f"line {table.line}: {error}"[:200] if table.line else str(error)
                 # LookupError alone: no captions file. Its kin, such as KeyError, are damage.
-                if type(error) is not LookupError and (table.is_beside or is_usual(name)):
+                if type(error) is not LookupError and (table.is_beside or USUAL.fullmatch(name)):
                     raise ValueError(f"--data {self.path}: {name} is not as expected: "
                                      f"{type(error).__name__}: {reason}") from None
                 words = re.findall(r"[\w./-]{4,}", start or "")
@@ -663,11 +663,11 @@ class CaptionedImages:
                     raise ValueError(f"--data {self.path}: {table.name}: {left_out[-1]}; {fix}, or "
                                      f"allow more with --max-bad-images, {max_missing} now")
         used = set(chain.from_iterable(table.files for table in taken))
-        without, aside = [], []
-        for k, name in enumerate(self.files.names):
-            if k not in texts and name not in used:
-                (without if k in images.names else aside).append(name)
-        aside.sort(key=lambda name: not name.lower().endswith(TEXT_SUFFIXES))
+        rest = {k: name for k, name in enumerate(self.files.names)
+                if k not in texts and name not in used}
+        without = [name for k, name in rest.items() if k in images.names]
+        aside = sorted((name for k, name in rest.items() if k not in images.names),
+                       key=lambda name: not name.lower().endswith(TEXT_SUFFIXES))
         left_out += [such_as("images without a caption", without)] if without else []
         left_out += [such_as("other files", aside)] if aside else []
         count, kinds = sum(map(len, texts.values())), Counter(splits.values())

@@ -102,6 +102,42 @@ def test_few_missing_images_are_left_out_and_said(tmp_path):
         "1 named images that are not there or in several folders, such as 'gone.jpg.1'")
 
 
+CSV = "image,caption\n"
+
+
+@pytest.mark.parametrize("pictures, texts, problem", [
+    (["a.png", "b.png"], {"a.txt": "one", "b.txt": None}, "b.txt is not as expected: FileNotFound"),
+    (["cat/i/1.png"], {"captions.csv": CSV + "dog/i/1.png,a dog"}, "captions.csv may hold them"),
+    (["cat/1.png", "dog/2.png"], {"captions.csv": CSV + "x9.png,a fish"}, "captions.csv may hold"),
+    (["cat/1.png", "dog/2.png"], {"notes.txt": None}, "notes.txt may hold them .*No such file"),
+    (["cat/1.png", "dog/2.png"], {"captions_x.json": '{"annotations": []}'}, "KeyError: .*images")])
+def test_captions_are_not_guessed(tmp_path, pictures, texts, problem):
+    """A file beside a picture that is gone, captions of a folder that is not there, of pictures
+    that are not, a file that cannot be opened and one that is cut short are named in one line."""
+    make_files(tmp_path, pictures, {name: text or "" for name, text in texts.items()})
+    for name in (name for name, text in texts.items() if text is None):
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"^--data {tmp_path}: .*{problem}.*$"):
+        CaptionedImages(tmp_path)
+
+
+def test_captions_of_their_own_pictures(tmp_path):
+    """A broken first row costs its own caption alone, accents may be written in two ways, a suffix
+    in capitals, a picture of another folder is not meant, and --captions is never passed over."""
+    names = [f"{accented}/{k}.png" for k, accented in enumerate(("e\u0301", "\u00e9"))]
+    make_files(tmp_path / "1", names, {names[0][:-3] + "TXT": "zero", names[1][:-3] + "txt": "one"})
+    make_files(tmp_path / "2", ["0.png", "1.png"], {"captions.txt": "image,n,caption\n0\n1,7,one"})
+    make_files(tmp_path / "3", ["train/i/1.png"], {
+        "captions.csv": CSV + "test/i/1.png,no\ntrain/i/1.png,one"})
+    assert index(CaptionedImages(tmp_path / "1")) == {names[0]: ["zero"], names[1]: ["one"]}
+    assert index(CaptionedImages(tmp_path / "2", None, 0.5)) == {"1.png": ["one"]}
+    assert index(CaptionedImages(tmp_path / "3", None, 0.5)) == {"train/i/1.png": ["one"]}
+    make_files(tmp_path / "4", ["cat/1.png", "dog/2.png"], {"../x.csv": "image,size\n1.png,3"})
+    with pytest.raises(ValueError, match="^--captions .*x.csv: no captions of the images of .*$"):
+        CaptionedImages(tmp_path / "4", captions=tmp_path / "x.csv")
+
+
 # Pictures
 
 
