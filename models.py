@@ -392,6 +392,8 @@ class ImageCodec(nn.Module):
                 f"{config.vae} needs a multiple of {factor}")
         side = config.resolution // factor
         self.latent_shape = (channels, side, side)
+        # Images that the VAE takes at a time, so that its memory stays flat.
+        self.slice_size = max(1, 8 * 256**2 // config.resolution**2)
 
     @torch.no_grad()
     def moments(self, images):
@@ -401,17 +403,19 @@ class ImageCodec(nn.Module):
             x_0 = F.pixel_unshuffle(images, self.patch)
             return x_0, torch.zeros_like(x_0)
         with torch.autocast(images.device.type, enabled=False):
-            posterior = self.vae.encode(images.float()).latent_dist
-        return (posterior.mean - self.shift) * self.scale, posterior.std * self.scale
+            parts = [self.vae.encode(part).latent_dist
+                     for part in images.float().split(self.slice_size)]
+        mean, std = (torch.cat(values) for values in zip(*((q.mean, q.std) for q in parts)))
+        return (mean - self.shift) * self.scale, std * self.scale
 
     @torch.no_grad()
-    def decode(self, x_0, slice_size=8):
-        """Images (B, c, H, W) in [-1, 1]; `slice_size` at a time, so that memory stays flat."""
+    def decode(self, x_0):
+        """Images (B, c, H, W) in [-1, 1]."""
         if self.is_pixel_space:
             return F.pixel_shuffle(x_0, self.patch).clamp(-1, 1)
         with torch.autocast(x_0.device.type, enabled=False):
             slices = [self.vae.decode(part.float() / self.scale + self.shift).sample
-                      for part in x_0.split(slice_size)]
+                      for part in x_0.split(self.slice_size)]
         return torch.cat(slices).clamp(-1, 1)
 
 
