@@ -11,6 +11,7 @@ the device.
 import atexit
 import csv
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -43,6 +44,8 @@ from PIL import Image, ImageCms, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+# How long a rank may keep the others waiting, as it writes or hangs, before all end.
+RANK_TIMEOUT = float(os.environ.get("RANK_TIMEOUT_SECONDS", 600))
 # A stream's place is part of its seed, so new ones go to the end.
 STREAMS = ("sample", "order", "split", "validation", "sampling", "shapes", "evaluation")
 
@@ -898,15 +901,18 @@ def validation_order(images, batch_size):
 
 
 def make_loader(samples, batches, device="cpu", workers=0):
-    """A DataLoader over prepared batches of keys, with torch's default collate."""
-    context, ahead = ("fork", 4) if workers else (None, None)
+    """A DataLoader over prepared batches of keys, with torch's default collate. Its workers, once
+    started, stay; a batch that does not come is noticed before the other ranks end the run."""
+    context, ahead, timeout = ("fork", 4, 0.9 * RANK_TIMEOUT) if workers else (None, None, 0)
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, prefetch_factor=ahead,
                       multiprocessing_context=context, persistent_workers=workers > 0,
-                      pin_memory=torch.device(device).type == "cuda", worker_init_fn=ignore_signals)
+                      pin_memory=torch.device(device).type == "cuda", timeout=timeout,
+                      worker_init_fn=start_worker)
 
 
-def ignore_signals(_):
+def start_worker(_):
     """A job's signals reach every process, but loader workers end when the main process does."""
+    gc.freeze()   # else collecting garbage writes to, and so copies, what was there at the fork
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -1055,15 +1061,18 @@ def setup_processes(device="auto"):
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        oldest = min(map(int, re.findall(r"sm_(\d+)", str(torch.cuda.get_arch_list()))), default=0)
+        if 10 * major + minor < oldest:
+            raise ValueError(f"--device {device}: is sm_{major}{minor}; PyTorch is built for "
+                             f"sm_{oldest} and newer: install one for CUDA 12.6")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     elif "OMP_NUM_THREADS" not in env or "TORCHELASTIC_RUN_ID" in env:   # torchrun sets it to 1
         torch.set_num_threads(max(1, available_cores() // local_size))
     if not dist.is_initialized():   # a notebook may call main() twice
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
-        # How long a rank may keep the others waiting, as it writes or hangs, before all end.
-        timeout = timedelta(seconds=float(env.get("RANK_TIMEOUT_SECONDS", 600)))
-        dist.init_process_group(backend, timeout=timeout, **alone)
+        dist.init_process_group(backend, timeout=timedelta(seconds=RANK_TIMEOUT), **alone)
     return device
 
 
@@ -1072,6 +1081,19 @@ def gather(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def all_or_none():
+    """Around what each rank does by itself. Raises: torch.OutOfMemoryError, on all ranks where it
+    is raised on any, so that none waits for another."""
+    error = None
+    try:
+        yield
+    except torch.OutOfMemoryError as caught:
+        error = str(caught)
+    if errors := [text for text in gather(error) if text]:
+        raise torch.OutOfMemoryError(errors[0])
 
 
 def rank_batches(count, batch_size):
@@ -1114,6 +1136,17 @@ def amp_dtype(choice, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice)
 
 
+LOST = "(Dist.*Error|gloo|NCCL|pair closure|closed by peer)"
+ADVICE = {   # by what a library says, and where; the first that fits
+    "OutOfMemory|can't allocate memory": "a smaller --batch-size takes less memory and, in "
+        "training, more --accumulation or --gradient-checkpointing",
+    "DataLoader timed out|shared memory": "the data hang, or /dev/shm is too small (see df "
+        "/dev/shm; docker run --shm-size=8g); --workers 0 does without it",
+    f"(setup_processes|prepare_network): .*{LOST}": "the processes did not find each other at the "
+        "start: each needs a GPU of its own, a free port and a host name that all can reach",
+    LOST: "it lost another process, which died or hangs; go on with --resume"}
+
+
 def run_main(main):
     """Run a script's main() and end the process. A user's mistake becomes one line from rank 0 and
     exit code 2, and no rank is left waiting."""
@@ -1127,17 +1160,20 @@ def run_main(main):
         code = exit.code or 0
     except Exception as error:
         code, text = 2, str(error).strip()
-        is_lost = re.search("gloo|NCCL|pair closure|closed by peer", text)
-        if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and is_lost:
-            text = (f"rank {rank} lost another process, which died or hangs "
-                    f"({' '.join(text.split())[:600]}); go on with --resume")
+        calls = [call.name for call in traceback.extract_tb(error.__traceback__)
+                 if Path(call.filename).parent == Path(__file__).parent]
+        # An error in a loader worker carries that process's traceback; its last line says it.
+        said = text.splitlines()[-1] if text.startswith("Caught ") else " ".join(text.split())[:600]
+        said = f"rank {rank} in {' > '.join(calls[1:])}: {type(error).__name__}: {said}"
+        advice = [fix for pattern, fix in ADVICE.items() if re.search(pattern, said)]
+        if isinstance(error, RuntimeError) and advice:
+            text = f"{said}; {advice[0]}"
         elif not isinstance(error, (ValueError, OSError)):
             code, text = 1, traceback.format_exc()
         if rank and code == 2:
             # Every rank meets the same mistake; the first exit makes torchrun stop the others.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        # An error in a loader worker carries that process's traceback; its last line says it.
         tqdm.write(f"error: {text.splitlines()[-1]}" if code == 2 else text, sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

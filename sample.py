@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import data
 from data import amp_dtype, counter_rng, gather, interleave, rank_batches, run_main, setup_processes
 from models import Model, apply_unet, load_model, make_betas, require, write_atomically
 
@@ -208,7 +209,8 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
 def generate_sharded(model, prompts, **kwargs):
     """The same pictures, each drawn by one rank and given to all: i belongs to rank i mod size."""
     mine = range(dist.get_rank(), len(prompts), dist.get_world_size())
-    own = generate(model, [prompts[i] for i in mine], indices=mine, **kwargs)
+    with data.all_or_none():
+        own = generate(model, [prompts[i] for i in mine], indices=mine, **kwargs)
     return torch.stack(interleave(gather(own)))
 
 

@@ -28,6 +28,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -255,12 +256,14 @@ def validate(model, loader, unreadable, dtype, parts=5):
     over those of each fifth of [0, T). Small t is about detail, large t about composition."""
     T, device = model.schedule.num_train_timesteps, model.device
     sums = torch.zeros(2, parts, dtype=torch.float64, device=device)   # errors and samples
-    for batch in loader:
-        unreadable.note(batch)
-        batch = data.to_device(batch, device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            error = diffusion_loss(model.unet, model, batch).double()
-        sums.index_add_(1, batch["t"] * parts // T, torch.stack([error, torch.ones_like(error)]))
+    with data.all_or_none():
+        for batch in loader:
+            unreadable.note(batch)
+            batch = data.to_device(batch, device)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                error = diffusion_loss(model.unet, model, batch).double()
+            sums.index_add_(1, batch["t"] * parts // T,
+                            torch.stack([error, torch.ones_like(error)]))
     dist.all_reduce(sums)
     error, count = sums.sum(dim=1)
     values = {"epoch/validation_loss": (error / count).item()}
@@ -321,10 +324,27 @@ class StopRequest:
         if self.work:
             self.work.wait()
             self.agreed, self.save_is_due = self.vote.bool().tolist()
+            self.asked |= self.agreed
         wants_save = time.time() >= self.next_save and not self.save_is_due
         self.vote = torch.tensor([self.look(), wants_save], dtype=torch.float32)
         self.work = dist.all_reduce(self.vote, async_op=True)   # over gloo, beside the GPU's work
         self.agreed |= step >= self.max_steps
+
+
+def next_batch(batches, stop, save):
+    """The loader's next batch. Where it cannot come, or not soon and the run is asked to stop, a
+    process that is alone saves before it ends with an error."""
+    alone, limit = dist.get_world_size() == 1, time.monotonic() + 0.9 * data.RANK_TIMEOUT
+    while True:
+        try:
+            return next(batches)
+        except (RuntimeError, OSError) as error:   # every 20 seconds
+            waits = "DataLoader timed out" in str(error) and time.monotonic() < limit
+            if waits and not (alone and stop.look()):
+                continue
+            if alone:
+                save(tries=7)
+            raise
 
 
 def stop_time(minutes):
@@ -397,9 +417,16 @@ def make_loaders(args, model, source, order, train_images, val_images):
     samples = data.Samples(load, captions, train_images, config, shape, seed=args.seed,
                            random_crop=args.random_crop, flip=args.flip)
     validation = data.Samples(load, captions, val_images, config, shape, validation=True)
-    val_order = data.validation_order(val_images, order.micro_batch)
-    return (data.make_loader(samples, order, model.device, workers),
-            data.make_loader(validation, val_order, model.device, workers))
+    val_order = []
+    loaders = (data.make_loader(samples, order, model.device, workers),
+               data.make_loader(validation, val_order, model.device, workers))
+    loaders[0].timeout = min(20, loaders[0].timeout)   # see next_batch
+    # The workers are forked here, where NCCL has no threads yet, and have nothing to load.
+    order.start_at(0, order.steps_per_epoch)
+    for loader in loaders:
+        iter(loader)
+    val_order += data.validation_order(val_images, order.micro_batch)
+    return loaders
 
 
 def prepare_network(args, unet, device):
@@ -420,7 +447,7 @@ def prepare_network(args, unet, device):
 class TrainingState:
     """What training changes, and so what a checkpoint holds."""
 
-    COUNTERS = ("epoch", "step", "step_in_epoch", "epoch_losses")
+    COUNTERS = ("epoch", "step", "step_in_epoch", "epoch_losses", "logged_step")
 
     def __init__(self, unet, args, device, dtype):
         self.unet, self.ema = unet, copy.deepcopy(unet).requires_grad_(False).eval()
@@ -432,19 +459,18 @@ class TrainingState:
         # skips the update where a gradient is not finite.
         self.is_scaled = dtype == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.is_scaled else 1.0)
-        # Finished epochs; updates in all, and in this epoch.
-        self.epoch = self.step = self.step_in_epoch = 0
+        # Finished epochs; updates in all, in this epoch, up to the last log point and checkpoint.
+        self.epoch = self.step = self.step_in_epoch = self.logged_step = self.saved_step = 0
         self.epoch_losses = []
         # This rank's part of the epoch's updates, and of those since the last log point: sums of
         # loss, gradient norm and their number.
-        self.sums, self.recent = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        self.sums, self.recent = self.totals
 
     def count_update(self, loss, norm):
         """Skipped updates count as steps, but not in the means."""
         values = torch.stack([loss, norm.double(), torch.ones_like(loss)])
-        values = torch.where(norm.isfinite(), values, 0)
-        self.sums += values
-        self.recent += values
+        self.totals += torch.where(norm.isfinite(), values, 0)
         self.step += 1
         self.step_in_epoch += 1
 
@@ -469,16 +495,24 @@ class TrainingState:
                 moments[name] = torch.empty_like(p if value.ndim else value).copy_(value)
         if self.is_scaled and payload["scaler"]:   # none where the GPU before computed in bfloat16
             self.scaler.load_state_dict(payload["scaler"])
-        for name in self.COUNTERS:
-            setattr(self, name, payload[name])
+        for name in self.COUNTERS:   # older checkpoints lack the last
+            setattr(self, name, payload.get(name, payload["step"]))
+        self.saved_step = self.step
         if dist.get_rank() > 0:
             return
         # The main rank carries on the sums of all: a float64 sum of float32 losses is exact, so
-        # that the epoch's mean does not depend on who added what.
-        self.sums += torch.tensor(payload["sums"], dtype=torch.float64).to(self.sums.device)
+        # that a mean does not depend on who added what.
+        totals = np.array([payload["sums"], payload.get("recent", [0] * 3)])
+        self.totals += torch.from_numpy(totals * ranks / payload["processes"]).to(self.totals)
         if payload.get("fingerprint", source.fingerprint) != source.fingerprint:
             warnings.warn(f"--data {args.data}: its names or captions have changed since the run "
                           "was started, so it goes on with other samples")
+        steps = count // args.batch_size
+        before, after = (learning_rate(self.step, flags.epochs * steps, flags)
+                         for flags in (argparse.Namespace(**payload["args"]), args))
+        if before != after:
+            print(f"learning rate of update {self.step + 1}: {after:.3g}, and not {before:.3g} as "
+                  f"before: --lr-schedule {args.lr_schedule} counts anew with the flags given now")
         if payload["processes"] != ranks:
             print(f"{payload['processes']} processes up to step {self.step}, {ranks} from here: "
                   "the same samples and noise, weights equal up to rounding")
@@ -494,21 +528,25 @@ class TrainingState:
                              "faulty device, or other files or software; go on with --resume")
 
     def save(self, folder, keep=(1, 0), tries=1, **more):
-        """Write checkpoint_epochEEEE_stepSSSSSSSS.pt from the main rank and prune; called by all.
+        """Write checkpoint_epochEEEE_stepSSSSSSSS.pt from the main rank, unless this step has been
+        written, and prune; called by all.
 
         Where it cannot be written the older ones stay; the last of several tries, ten seconds
         apart, raises OSError.
         """
+        if self.saved_step == self.step:
+            return
         self.check_ranks()
-        sums, saved = all_reduced(self.sums).tolist(), False
+        (sums, recent), saved = all_reduced(self.totals).tolist(), False
         if dist.get_rank() == 0:
             payload = {name: getattr(self, name) for name in self.COUNTERS} | dict(
                 unet=self.unet.state_dict(), ema=self.ema.state_dict(),
-                optimizer=self.optimizer.state_dict(), sums=sums, processes=dist.get_world_size(),
-                scaler=self.scaler.state_dict() if self.is_scaled else {}, **more)
+                optimizer=self.optimizer.state_dict(), sums=sums, recent=recent,
+                scaler=self.scaler.state_dict() if self.is_scaled else {},
+                processes=dist.get_world_size(), **more)
             path = folder / f"checkpoint_epoch{self.epoch:04d}_step{self.step:08d}.pt"
             for wait in [10] * (tries - 1) + [0]:
-                with tolerate_disk_faults(f"checkpoint {path}"):
+                with tolerate(OSError, f"checkpoint {path} could not be written"):
                     folder.mkdir(exist_ok=True)
                     models.save_in_little_room(payload, path, keep[1])
                     saved = True
@@ -517,7 +555,9 @@ class TrainingState:
                     break
                 time.sleep(wait)
         # Nobody leaves before the file is there: a process that ends may take the others with it.
-        if not data.gather(saved)[0] and tries > 1:
+        if data.gather(saved)[0]:
+            self.saved_step = self.step
+        elif tries > 1:
             raise OSError(f"step {self.step}: not saved in {tries} tries; make room for {folder}")
 
 
@@ -573,7 +613,7 @@ def open_run_folder(folder, record, step):
     threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
                             or threading.__excepthook__(died))
     (folder / "stop").unlink(missing_ok=True)
-    writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+    writer = SummaryWriter(folder, purge_step=step + 1)
     text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
     models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
     writer.add_text("config", "    " + text.replace("\n", "\n    "), step)
@@ -581,13 +621,15 @@ def open_run_folder(folder, record, step):
 
 
 @contextmanager
-def tolerate_disk_faults(what, writer=None):
-    """A full or missing disk costs the run what is written within the block, and no more. A
-    SummaryWriter, whose thread does not survive, begins a new file the next time."""
+def tolerate(fault, what, writer=None):
+    """A full or missing disk (OSError), or a lack of memory, costs the run what is made within the
+    block, and no more. A SummaryWriter, whose thread does not survive, begins a new file the next
+    time."""
     try:
         yield
-    except OSError as error:
-        warnings.warn(f"{what} could not be written ({error}); training goes on")
+    except fault as error:
+        if dist.get_rank() == 0:
+            warnings.warn(f"{what} ({error}); training goes on")
         if writer:
             writer.file_writer = writer.all_writers = None
 
@@ -621,7 +663,7 @@ def print_start(args, model, source, order, counts, folder, dtype):
 
 
 def end_run(args, state, folder, writer, prompt):
-    with tolerate_disk_faults("curves"):
+    with tolerate(OSError, "curves could not be written"):
         if state.epoch == args.epochs or state.step == args.max_steps:
             (folder / "stop").touch()   # tells whoever started this that nothing is left to do
         writer.close()
@@ -648,14 +690,13 @@ class StepLog:
         self.restart(state)
 
     def restart(self, state):
-        """What comes before now does not count."""
-        state.recent.zero_()
+        """The clock, which stood still meanwhile, begins anew."""
         self.step, self.data_seconds, self.since = state.step, 0.0, time.perf_counter()
 
     def report(self, state, lr):
         """Write the means to TensorBoard; returns a short text for the progress bar. Raises:
         ValueError on all ranks after 20 updates, in whole log intervals, without a finite one."""
-        steps = state.step - self.step
+        steps = state.step - state.logged_step
         loss, norm, made = all_reduced(state.recent).tolist()
         skipped = steps - made / dist.get_world_size()
         self.bad = 0 if made else self.bad + steps
@@ -668,32 +709,43 @@ class StepLog:
                        "skipped: loss or gradient not finite", file=sys.stderr)
         loss, norm = (loss / made, norm / made) if made else (math.nan, math.nan)
         seconds = time.perf_counter() - self.since
-        speed = steps * self.batch_size / seconds
+        speed = (state.step - self.step) * self.batch_size / seconds
         values = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": lr,
                   "train/skipped": skipped, "speed/images_per_second": speed,
                   "speed/data_wait_share": self.data_seconds / seconds,
                   "memory/peak_gib": peak_gib(state.sums.device)}
-        with tolerate_disk_faults("curves"):
+        with tolerate(OSError, "curves could not be written"):
             for tag, value in values.items() if self.writer else ():
                 self.writer.add_scalar(tag, value, state.step)
+        state.logged_step = state.step
+        state.recent.zero_()
         self.restart(state)
         return f"loss {loss:.4f}, {speed:.0f} images/s"
 
 
-def finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder):
+def finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder, stop):
     """Validation loss and, every --sample-every epochs, the grid and the way to its first picture:
-    all with the EMA weights."""
+    all with the EMA weights. A request to stop leaves out what is not done yet."""
     averaged = copy.copy(model)
     averaged.unet = state.ema
     values, images = {"epoch/loss": state.epoch_losses[-1]}, {}
-    if len(val_loader.dataset.images):
-        values |= validate(averaged, val_loader, unreadable, dtype)
-    if args.sample_every and (state.epoch % args.sample_every == 0 or state.epoch == args.epochs):
-        how = dict(guidance_scale=args.sample_guidance, dtype=dtype,
-                   steps=min(30, model.schedule.num_train_timesteps))
-        images["grid"] = make_grid(generate_sharded(averaged, prompts, **how), prompts)
-        if writer:
-            images["denoising"] = make_strip(averaged, prompts[0], **how)
+    draws = args.sample_every and (state.epoch % args.sample_every == 0
+                                   or state.epoch == args.epochs)
+    with tolerate(torch.OutOfMemoryError, "validation or samples left out"):
+        if len(val_loader.dataset.images):
+            batches = takewhile(lambda _: not stop.look(), val_loader)
+            values |= validate(averaged, batches, unreadable, dtype)
+        asked = any(data.gather(stop.look()))
+        stop.agreed |= asked
+        if asked:   # the validation may have ended early
+            values = {"epoch/loss": state.epoch_losses[-1]}
+        elif draws:
+            how = dict(guidance_scale=args.sample_guidance, dtype=dtype,
+                       steps=min(30, model.schedule.num_train_timesteps),
+                       batch_size=args.batch_size // dist.get_world_size() // args.accumulation)
+            images["grid"] = make_grid(generate_sharded(averaged, prompts, **how), prompts)
+            if writer:
+                images["denoising"] = make_strip(averaged, prompts[0], **how)
     unreadable.check()
     if not writer:
         return
@@ -701,11 +753,11 @@ def finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, wri
             if tag.startswith("epoch/")]
     tqdm.write(f"epoch {state.epoch}: {', '.join(said)}")
     values["epoch/peak_gib"] = peak_gib(model.device)
-    with tolerate_disk_faults("curves and samples", writer):
+    with tolerate(OSError, "curves and samples could not be written", writer):
         for tag, value in values.items():
-            writer.add_scalar(tag, value, state.epoch)
+            writer.add_scalar(tag, value, state.step)
         for name, image in images.items():
-            writer.add_image(f"samples/{name}", np.asarray(image), state.epoch, dataformats="HWC")
+            writer.add_image(f"samples/{name}", np.asarray(image), state.step, dataformats="HWC")
         if images:
             images["grid"].save(folder / f"samples_epoch{state.epoch:04d}.png")
         writer.flush()
@@ -743,11 +795,11 @@ def main(argv=None):
         state.restore(payload, args, source, train_images)
         payload = None   # as large as weights, moments and averages together
     state.check_ranks()
-    net = prepare_network(args, model.unet, device)
 
     # Samples: captions as text with pixels or, from the cache, latents.
     loader, val_loader = make_loaders(args, model, source, order, train_images, val_images)
     unreadable = UnreadableImages(source, args.max_bad_images)
+    net = prepare_network(args, model.unet, device)
 
     # The run folder. Where it is and when to pause are not part of what the checkpoint says.
     folder = make_run_folder(args, checkpoint_path)
@@ -776,7 +828,7 @@ def main(argv=None):
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
             for micro in range(args.accumulation):
                 waiting = time.perf_counter()
-                batch = next(batches)
+                batch = next_batch(batches, stop, save)
                 log.data_seconds += time.perf_counter() - waiting
                 unreadable.note(batch)
                 batch = data.to_device(batch, device)
@@ -812,13 +864,14 @@ def main(argv=None):
         # Saving comes before what may fail: drawing, validation, TensorBoard.
         if is_whole := state.step_in_epoch == order.steps_per_epoch:
             state.end_epoch()
-        ends = stop.agreed or state.epoch == args.epochs
-        if ends or state.epoch % args.save_every == 0:
-            save(tries=7 if ends else 1)
+        if stop.agreed or state.epoch % args.save_every == 0 or state.epoch == args.epochs:
+            save()
             stop.note_save()
         if is_whole:
-            finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder)
+            finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder,
+                         stop)
             log.restart(state)
+    save(tries=7)
     if is_main:
         end_run(args, state, folder, writer, prompts[0])
     return folder

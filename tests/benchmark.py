@@ -135,7 +135,8 @@ def real_run(folder, steps, *flags, ranks=1, **env):
     """run(order) gives a run of train.main, which has processes of its own and has warmed up, an
     order, and returns rank 0's answer."""
     flags = [*"--epochs 100000 --save-every 100000 --sample-every 0 --val-fraction 0".split(),
-             "--log-every", str(steps), "--folder", str(folder), *map(str, flags)]
+             "--save-minutes", "inf", "--log-every", str(steps), "--folder", str(folder),
+             *map(str, flags)]
     env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(get_free_port()),
                 WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     with ExitStack() as pipes_to_close:

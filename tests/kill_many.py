@@ -5,9 +5,9 @@
 
 Chains of runs in one folder each: start, kill, check that every checkpoint under a final name
 loads, start again, until the run finishes. Its weights must then be those of a run that nobody
-disturbed, bit for bit. Every other chain reads its pictures in loader workers. Two processes run
-the real train.py; they are forked from this one, which has torch and diffusers loaded already, so
-that a start takes seconds.
+disturbed, bit for bit. Every other chain reads its pictures in loader workers, and all save inside
+epochs too. Two processes run the real train.py; they are forked from this one, which has torch and
+diffusers loaded already, so that a start takes seconds.
 """
 import argparse
 import os
@@ -88,7 +88,7 @@ def kill_chains(args, root, log, count):
     whole = open_all(root / "whole")
     while count["kills"] < args.kills or saved:
         folder = root / f"chain{chain}"
-        pids = start([*flags, folder, "--workers", (chain + 1) % 2], log)
+        pids = start([*flags, folder, "--workers", (chain + 1) % 2, "--save-minutes", 0.01], log)
         count["resumes"] += saved > 0
         last = count["kills"] >= args.kills   # enough: let the last chain finish
         codes = wait_for(pids, 300 if last else rng.uniform(0.5, 8))

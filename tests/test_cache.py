@@ -1,4 +1,5 @@
 """The latent cache: the same training as without, whoever encoded what and when."""
+import gc
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import TINY, Job, errors, launch, make_pictures, run_ok, scalars, train_run
-from data import cache_latents, open_source, to_unit_range
+from data import OnDemand, cache_latents, make_loader, open_source, to_unit_range
 from models import ImageCodec, ModelConfig, TextEncoder, write_atomically
 from tiny_networks import make_vae
 
@@ -56,6 +57,32 @@ def test_moments_are_the_codec_s(pictures, vae, tmp_path):
         moments = load(i, (0.5, 0.5), bool(mirror))["moments"]
         assert moments.dtype == np.float16
         np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_vae_takes_no_more_than_a_slice(vae):
+    """Encoding and decoding give the VAE 8 pictures of 256 px at a time, or as many pixels of
+    others and at least one picture, and the results are those of all at once."""
+    sizes = [ImageCodec(ModelConfig(vae=vae, resolution=side)).slice_size for side in (
+        32, 256, 512, 1024)]
+    assert sizes == [512, 8, 2, 1]
+    codec, taken = ImageCodec(ModelConfig(vae=vae, resolution=16)), []
+    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    posterior = codec.vae.encode(images).latent_dist
+    pictures = codec.vae.decode(posterior.mean).sample
+    for part in (codec.vae.encoder, codec.vae.decoder):
+        part.register_forward_pre_hook(lambda _, given: taken.append(len(given[0])))
+    codec.slice_size = 2
+    mean, std = codec.moments(images)
+    torch.testing.assert_close(mean / codec.scale + codec.shift, posterior.mean)
+    torch.testing.assert_close(std / codec.scale, posterior.std)
+    torch.testing.assert_close(codec.decode(mean), pictures.clamp(-1, 1))
+    assert taken == [2, 2, 1] * 2
+
+
+def test_workers_leave_the_parents_garbage_alone():
+    """What was there at the fork is out of reach of a worker's garbage collector."""
+    loader = make_loader(OnDemand(lambda _: gc.get_freeze_count()), [[0]], workers=1)
+    assert next(iter(loader)).item() > 10000
 
 
 @pytest.mark.slow

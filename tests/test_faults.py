@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import zipfile
@@ -20,7 +21,18 @@ from PIL import Image
 
 import evaluate
 import train
-from conftest import TINY, Job, checkpoints, errors, launch, make_pictures, newest, run_ok, scalars
+from conftest import (
+    TINY,
+    Job,
+    checkpoints,
+    command_line,
+    errors,
+    launch,
+    make_pictures,
+    newest,
+    run_ok,
+    scalars,
+)
 from data import PLACE, CaptionedImages, UnreadableImage, first_readable, image_loader
 from models import ModelConfig, load_checkpoint, prune_checkpoints, save_checkpoint
 
@@ -111,10 +123,11 @@ def test_the_last_save_is_tried_again_and_then_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(torch, "save", lambda payload, file: os.write(full, b"x"))
     state = new_state()
-    with pytest.warns(UserWarning, match=rf"^checkpoint {tmp_path}/\S+_step00000000\.pt could not "
+    state.step = 1
+    with pytest.warns(UserWarning, match=rf"^checkpoint {tmp_path}/\S+_step00000001\.pt could not "
                       r"be written \(.*No space left.*\); training goes on$"):
         state.save(tmp_path)
-        with pytest.raises(OSError, match=f"^step 0: not saved in 7 tries; make room.+{tmp_path}"):
+        with pytest.raises(OSError, match=f"^step 1: not saved in 7 tries; make room.+{tmp_path}"):
             state.save(tmp_path, tries=7)
     assert sum(slept) == 60 and not os.listdir(tmp_path)
 
@@ -181,7 +194,7 @@ def test_disk_full_then_read_only_then_folder_removed(tmp_path, flags):
 # Numbers
 
 PATCHED = """
-import os, time, zlib, torch, train
+import os, time, zlib, sample, torch, train
 from data import run_main
 
 rank, fault, calls = int(os.environ["RANK"]), os.environ["FAULT"], []
@@ -191,6 +204,8 @@ if fault == "late":   # rank 1 comes back after rank 0
 
 def loss(unet, *args):
     errors = real_loss(unet, *args)
+    if fault == ("a step" if unet.training else "validation") and rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
     if unet.training and fault == "numbers" and rank == 1:
         calls.append(None)
         factor = torch.nan if len(calls) == 3 or len(calls) > 11 else 1
@@ -210,6 +225,13 @@ def count_update(state, loss, norm):
         print("slow", flush=True)
         time.sleep(10)
 
+def generate(*args, **how):
+    assert how["batch_size"] == 4   # of the micro-batch
+    if fault == "samples" and rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+    return real_generate(*args, **how)
+
+real_generate, sample.generate = sample.generate, generate
 train.diffusion_loss, train.TrainingState.count_update = loss, count_update
 run_main(train.main)
 """
@@ -264,6 +286,26 @@ def test_float16_skips_in_silence_until_there_are_too_many(tmp_path, capsys):
             state.count_update(bad, bad)
             log.report(state, 0.1)
     assert state.step == 20 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["validation", "samples", "a step"])
+def test_out_of_memory(tmp_path, patched_run, what):
+    """One of two ranks runs out of memory. In validation or as it draws, both go on after one
+    warning; in a step the run ends with a line that says where and names the flags."""
+    with patched_run(what, "--epochs", 2, "--sample-every", 1) as job:
+        code = job.process.wait(150)
+        text = job.text()
+    if what == "a step":
+        assert code and re.search("error: rank 1 in main: OutOfMemoryError: CUDA out of memory.*; "
+                                  ".*--batch-size.*--accumulation.*--gradient-check", text), text
+        return
+    assert code == 0 and newest(tmp_path / "run")["epoch"] == 2, text[-4000:]
+    assert text.count("warning: validation or samples left out (CUDA out of memory.") == 1
+    assert len(scalars(tmp_path / "run", "epoch/loss")) == 2
+    validated = scalars(tmp_path / "run", "epoch/validation_loss")
+    assert len(validated) == (0 if what == "validation" else 2)
+    assert not list((tmp_path / "run").glob("samples*"))
 
 
 @pytest.mark.slow
@@ -405,13 +447,95 @@ def test_a_lost_rank_ends_the_others_and_a_restart_resumes(tmp_path, patched_run
         os.kill(old[1], lost)
         if lost == signal.SIGSTOP:
             job.until(lambda: errors(job.text()), seconds=30)
-            assert re.fullmatch(r"error: rank 0 lost another process, which died or hangs "
-                                r"\(.*[Tt]im.*\); go on with --resume", errors(job.text())[0])
+            assert re.fullmatch("error: rank 0 in main.*: .*[Tt]im.*; it lost another process, "
+                                "which died or hangs; go on with --resume", errors(job.text())[0])
         job.until(lambda: len(job.ranks()) == 2 and not set(job.ranks()) & set(old), seconds=50)
         assert job.process.wait(120) == 0, job.text()[-4000:]
     assert len(re.findall("^epoch 1: ", job.text(), re.M)) == 1 and newest(run)["epoch"] == 30
     said = run_ok("train.py", "--resume", run, "--epochs", 31).stdout
     assert "2 processes up to step 60, 1 from here" in said
+    # Two of 62 steps are left, the last fifth falls linearly, and 61 of 200 steps warm up.
+    now = 1e-3 * 61 / 200 * 2 / (0.2 * 62)
+    assert f"learning rate of update 61: {now:.3g}, and not 0 as before: " in said
+
+
+@pytest.mark.slow
+def test_a_checkpoint_every_few_seconds(tmp_path):
+    """Inside an epoch both of two processes save each --save-minutes at the same step, the newest
+    --keep-last stay, and after a SIGKILL the run goes on from the last."""
+    run, seen = tmp_path / "run", set()
+    with Job(tmp_path, *TINY, "--save-minutes", 0.02, "--keep-last", 2, "--folder", run) as job:
+        job.until(lambda: seen.update(checkpoints(run)) or len(seen) > 4)
+        for pid in job.ranks():
+            os.kill(pid, signal.SIGKILL)
+    assert "error" not in job.text().replace("ChildFailedError", "") and len(checkpoints(run)) < 4
+    step = newest(run)["step"]
+    assert newest(run)["step_in_epoch"] == step % 243 > 0
+    run_ok("train.py", "--resume", run, "--max-steps", step + 1)
+    assert newest(run)["step"] == step + 1
+
+
+NO_DATA = """
+import os, time, data, train
+
+def get(self, key, get=data.Samples.__getitem__):
+    if key[:2] == (0, 8) and not self.validation:
+        time.sleep(600)
+    return get(self, key)
+
+def update(averages, weights, step, decay):
+    print("update", step, flush=True)
+
+train.update_ema = update
+data.Samples.__getitem__ = get
+data.run_main(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asks", [True, False])
+def test_data_that_never_come(tmp_path, flags, asks):
+    """A batch of the third step never comes: one process saves the two steps and ends, as soon as
+    it is asked to stop by a file, or after nine tenths of its patience."""
+    (tmp_path / "script.py").write_text(NO_DATA)
+    with Job(tmp_path, *flags, "--batch-size", 4, "--workers", 1, "--folder", "run", processes=1,
+             script=tmp_path / "script.py", env={} if asks else {"RANK_TIMEOUT_SECONDS": "6"}
+             ) as job:
+        job.until(lambda: "update 2" in job.text())
+        if asks:
+            (tmp_path / "run" / "stop").touch()
+        assert job.process.wait(60) == 2
+    assert re.fullmatch("error: rank 0 in main > next_batch: RuntimeError: DataLoader timed out .*"
+                        "/dev/shm.*--workers 0.*", errors(job.text())[0])
+    assert newest(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_too_small(tmp_path, flags):
+    """With 140 kB of /dev/shm batches of loader workers are lost; the run ends and says so."""
+    command = ["mount -t tmpfs -o size=140k tmpfs /dev/shm && exec " + shlex.join(command_line(
+        "train.py", *flags, "--batch-size", 4, "--workers", 1, "--folder", tmp_path / "run"))]
+    command = ["unshare", "-m", "sh", "-c", *command]
+    done = subprocess.run(command, env={**os.environ, "RANK_TIMEOUT_SECONDS": "8"}, text=True,
+                          capture_output=True, timeout=120)
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert done.returncode == 2 and "Errno 28" not in done.stderr
+    assert re.fullmatch("error: rank 0 in .*/dev/shm is too small.*--workers 0.*",
+                        errors(done.stderr)[0]), done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, host", [(0, "127.0.0.1"), (1, "nowhere.invalid")])
+def test_processes_that_do_not_meet(rank, host):
+    """Where the port is in use or the host name unknown the message speaks of the start."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        env = dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR=host,
+                   MASTER_PORT=str(server.getsockname()[1]), RANK_TIMEOUT_SECONDS="5")
+        done = launch("train.py", *TINY, env=env)
+    assert done.returncode == 2 and re.fullmatch(
+        f"error: rank {rank} in main > setup_processes: .* at the start: .*a free port and a host "
+        "name that all can reach", errors(done.stderr)[0]), done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Training by the real script: the same result on any number of processes, exact resume, orderly
 stops and clear errors."""
+import argparse
 import json
 import re
 import shutil
@@ -11,11 +12,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
 
 import data
 import train
-from conftest import TINY, Job, assert_same, errors, launch, newest, run_ok, scalars, train_run
+from conftest import (
+    TINY,
+    Job,
+    assert_same,
+    checkpoints,
+    errors,
+    launch,
+    make_pictures,
+    newest,
+    run_ok,
+    scalars,
+    train_run,
+)
 from data import VOCABULARY, BuiltinShapes, GlobalOrder, Samples, image_loader
 from models import PRESETS, Model, load_checkpoint, load_model
 from tiny_networks import make_vae
@@ -158,7 +172,8 @@ def test_a_run_is_a_plain_loop(plain_loop, tmp_path, processes, flags, tolerance
 def write_old_format(run):
     """The newest checkpoint again, as the version before this one wrote it."""
     payload, path = load_checkpoint(run)
-    del payload["fingerprint"]
+    for name in ("fingerprint", "logged_step", "recent"):
+        del payload[name]
     payload |= dict(ema=dict(payload["ema"]), scaler={}, data="a hash made in another way")
     payload["args"] |= dict(max_bad_steps=20)
     torch.save(payload, path.with_suffix(".new"))   # the old one is mapped into memory
@@ -173,7 +188,7 @@ def test_resume_is_exact(tmp_path, photos, clip, vae, processes, is_old):
     folder = shutil.copytree(photos, tmp_path / "data")
     flags = [*TINY, "--data", folder, "--text-encoder", clip, "--vae", vae, "--preset", "tiny",
              "--pixel-unshuffle", 1, "--batch-size", 4, "--epochs", 4, "--warmup-steps", 3,
-             "--random-crop", "--flip", "--workers", 1, "--val-fraction", 0.1]
+             "--random-crop", "--flip", "--workers", 1, "--val-fraction", 0.1, "--log-every", 3]
     whole = train_run(tmp_path, *flags, processes=processes)
     stopped = train_run(tmp_path, *flags, "--max-steps", 8, processes=processes)
     state = newest(stopped)
@@ -183,13 +198,14 @@ def test_resume_is_exact(tmp_path, photos, clip, vae, processes, is_old):
         assert_same(load_model(stopped).unet.state_dict(), state["ema"])
         run_ok("sample.py", "--checkpoint", stopped, "--prompts", "a dog", "--steps", 2)
     done = run_ok("train.py", "--resume", stopped, processes=processes)
-    assert "warning: --data" not in done.stderr
+    assert "warning: --data" not in done.stderr and "learning rate" not in done.stdout
     a, b = newest(whole), newest(stopped)
     assert a["step"] == 20 and len(a["epoch_losses"]) == 4
     for key in ("step", "unet", "ema", "optimizer", "scaler", "epoch_losses"):
         assert_same(a[key], b[key])
     for tag in ("train/loss", "train/grad_norm", "epoch/loss", "epoch/validation_loss"):
-        assert scalars(whole, tag) == scalars(stopped, tag)
+        if not is_old or tag[:5] == "epoch":   # it had no sums since the last log point
+            assert scalars(whole, tag) == scalars(stopped, tag)
     captions = folder / "captions.txt"
     captions.write_text(captions.read_text().replace("dog", "cat", 1))
     assert re.search(f"^warning: --data {folder}: its names or captions have changed since .*$",
@@ -228,10 +244,13 @@ def test_frozen_networks_that_have_moved(tmp_path, photos, clip, vae):
 def test_a_state_moves_between_kinds_of_devices(tmp_path):
     """What a GPU saved goes on elsewhere: Adam's moments take the weights' layout, so that the next
     update is bit for bit; float16 begins with its own scale; a new weight decay counts."""
+    flags = {}
+
     def make_state(layout, dtype=torch.bfloat16, decay="0.01"):
         torch.manual_seed(0)
         unet = torch.nn.Conv2d(8, 4, 3).to(memory_format=layout)
         args = train.make_parser().parse_args(["--lr", "0.1", "--weight-decay", decay])
+        flags.update(vars(args), epochs=1, batch_size=1, warmup_steps=1)
         return train.TrainingState(unet, args, torch.device("cpu"), dtype)
 
     def update(*states):
@@ -244,14 +263,55 @@ def test_a_state_moves_between_kinds_of_devices(tmp_path):
 
     gpu, cpu = make_state(torch.channels_last), make_state(torch.contiguous_format)
     update(gpu, cpu)
-    gpu.save(tmp_path, config=asdict(CONFIG), train_images=1)
+    gpu.save(tmp_path, config=asdict(CONFIG), train_images=1, args=flags)
     moved = make_state(torch.contiguous_format, torch.float16, decay="0.5")
-    moved.restore(newest(tmp_path), train.make_parser().parse_args([]), BuiltinShapes, [0])
+    moved.restore(newest(tmp_path), argparse.Namespace(**flags), BuiltinShapes, [0])
     assert moved.scaler.get_scale() == 65536
     assert moved.optimizer.param_groups[0]["weight_decay"] == 0.5
     moved.optimizer.param_groups[0]["weight_decay"] = 0.01
     update(moved, cpu)
     assert_same(moved.unet.state_dict(), cpu.unet.state_dict())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_no_old_points(tmp_path, photos, clip):
+    """Where a run goes on from an older checkpoint, TensorBoard shows each epoch once."""
+    run = train_run(tmp_path, *TINY, "--data", photos, "--text-encoder", clip, "--vae", "none",
+                    "--preset", "tiny", "--batch-size", 8, "--epochs", 3, "--val-fraction", 0.2,
+                    "--workers", 0, "--sample-every", 1)
+    checkpoints(run)[-1].unlink()
+    run_ok("train.py", "--resume", run)
+    events = EventAccumulator(str(run)).Reload()
+    for found in (events.Scalars("epoch/loss"), events.Scalars("epoch/validation_loss"),
+                  events.Images("samples/grid")):
+        assert [event.step for event in found] == [2, 4, 6]
+
+
+COUNTS_WORKERS = """
+import multiprocessing, data, train
+
+def report(name):
+    function = getattr(train, name)
+    def wrapped(*args, **kwargs):
+        print(name, sorted(worker.pid for worker in multiprocessing.active_children()))
+        return function(*args, **kwargs)
+    setattr(train, name, wrapped)
+
+for name in ("prepare_network", "validate"):
+    report(name)
+data.run_main(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_workers_start_once(tmp_path, photos, clip):
+    """The workers of both loaders are there before DDP's first collective, and stay."""
+    (tmp_path / "script.py").write_text(COUNTS_WORKERS)
+    said = run_ok(tmp_path / "script.py", *TINY, "--data", photos, "--text-encoder", clip, "--vae",
+                  "none", "--preset", "tiny", "--batch-size", 8, "--epochs", 2, "--val-fraction",
+                  0.2, "--workers", 2, cwd=tmp_path).stdout
+    found = re.findall(r"^(prepare_network|validate) \[(\d+, \d+, \d+, \d+)\]$", said, re.M)
+    assert len(found) == 3 and len({pids for _, pids in found}) == 1, said
 
 
 SLOW_VALIDATION = """
@@ -290,6 +350,39 @@ def test_a_signal_saves_and_stops(tmp_path, photos, clip, processes, seconds):
     assert "error: " not in text and text.count("Traceback") == processes - 1, text
     run_ok("train.py", "--resume", run, "--max-steps", step + 2)
     assert newest(run)["step"] == step + 2
+
+
+LONG_VALIDATION = """
+import time, data, train
+
+def slow(unet, *args, loss=train.diffusion_loss):
+    if not unet.training:
+        print("validates", flush=True)
+        time.sleep(1)
+    return loss(unet, *args)
+
+train.diffusion_loss = slow
+data.run_main(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_leaves_out_validation_and_grid(tmp_path, photos, clip):
+    """A file `stop` seen in a validation of a minute, after an epoch that is not saved: two
+    processes leave out the rest and the grid, save and end at once."""
+    run, script = tmp_path / "run", tmp_path / "slow.py"
+    script.write_text(LONG_VALIDATION)
+    data = make_pictures(tmp_path / "data", 150)
+    with Job(tmp_path, *TINY, "--data", data, "--text-encoder", clip, "--vae", "none", "--preset",
+             "tiny", "--batch-size", 2, "--val-fraction", 0.9, "--workers", 0, "--folder", run,
+             "--sample-every", 1, "--save-every", 10, script=script) as job:
+        job.until(lambda: "validates" in job.text())
+        assert not checkpoints(run)
+        (run / "stop").touch()
+        assert job.process.wait(20) == 0
+    assert newest(run)["epoch"] == 1 and newest(run)["step_in_epoch"] == 0
+    assert not list(run.glob("samples*")) and len(scalars(run, "epoch/loss")) == 1
+    assert not scalars(run, "epoch/validation_loss")
 
 
 @pytest.mark.slow
@@ -397,3 +490,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="^--nproc_per_node=2: only 1 GPU.*--nproc_per_node=1$"):
         data.setup_processes()
+
+
+def test_a_gpu_that_pytorch_was_not_built_for_is_refused(monkeypatch):
+    """A V100 with a build that begins at sm_75 is told so; an H100 with one up to sm_90a is not."""
+    for name, value in (("device_count", 1), ("is_available", True), ("set_device", None),
+                        ("get_arch_list", ["sm_75", "sm_80", "sm_90a", "compute_120"])):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    with pytest.raises(ValueError, match="^--device cuda:0: is sm_70; .*sm_75 and newer.*12.6$"):
+        data.setup_processes()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert data.setup_processes() == torch.device("cuda", 0)
