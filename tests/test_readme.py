@@ -118,7 +118,8 @@ def test_blocks_and_flags(monkeypatch, capsys):
     """No block is in a language that is not run, and every --flag of the page is in a script's
     help or belongs to another program."""
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
-    others = {"--standalone", "--nproc_per_node", "--max-restarts", "--logdir", "--use_ema"}
+    others = {"--standalone", "--nproc_per_node", "--max-restarts", "--local-addr", "--logdir",
+              "--use_ema"}
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     for parse in (train.parse_args, sample.parse_args, evaluate.parse_args):
         with pytest.raises(SystemExit):
