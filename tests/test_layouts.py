@@ -37,7 +37,7 @@ READ = {
     "both_csv_and_captions": (1, "captions.txt", "1 other files, such as 'metadata.csv'"),
     "two_caption_files_one_backup": (5, "captions.txt", "1 other .* such as 'backup/captions.txt'"),
     "partial_download": (1, "metadata.csv", "10 named images of folders that are not there, such "
-                         "as 'test/0000.png'"),
+                         "as 'test/0000.png', .*"),
     "sidecar_flat": (1, "30 .txt files", ""), "sidecar_caption_ext": (1, "30 .caption files", ""),
     "sidecar_kohya_two": (1, "30 .txt files", ""), "sidecar_deep": (1, "30 .txt files", ""),
     "mm_celeba": (1, "30 .txt files", ""),
