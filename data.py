@@ -1083,17 +1083,21 @@ def gather(value):
     return values
 
 
+# What may go wrong with validation and samples without ending a run.
+SPARED = torch.OutOfMemoryError, FloatingPointError
+
+
 @contextmanager
 def all_or_none():
-    """Around what each rank does by itself. Raises: torch.OutOfMemoryError, on all ranks where it
-    is raised on any, so that none waits for another."""
+    """Around what each rank does by itself. Raises: SPARED, on all ranks where it is raised on any,
+    so that none waits for another."""
     error = None
     try:
         yield
-    except torch.OutOfMemoryError as caught:
-        error = str(caught)
-    if errors := [text for text in gather(error) if text]:
-        raise torch.OutOfMemoryError(errors[0])
+    except SPARED as caught:
+        error = type(caught), str(caught)
+    for kind, text in filter(None, gather(error)):
+        raise kind(text)
 
 
 def rank_batches(count, batch_size):
@@ -1168,7 +1172,7 @@ def run_main(main):
         advice = [fix for pattern, fix in ADVICE.items() if re.search(pattern, said)]
         if isinstance(error, RuntimeError) and advice:
             text = f"{said}; {advice[0]}"
-        elif not isinstance(error, (ValueError, OSError)):
+        elif not isinstance(error, (ValueError, OSError, FloatingPointError)):
             code, text = 1, traceback.format_exc()
         if rank and code == 2:
             # Every rank meets the same mistake; the first exit makes torchrun stop the others.

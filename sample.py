@@ -198,8 +198,8 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
             x_t = x_t_prev
         images = model.codec.decode(x_t)
         if not images.isfinite().all():
-            raise ValueError(f"--amp {dtype or 'off'}: pictures came out that are not finite; use "
-                             "--amp off or the type of training, or an older --checkpoint")
+            raise FloatingPointError(f"--amp {dtype or 'off'}: pictures are not finite; use --amp "
+                                     "off or the type of training, or an older --checkpoint")
         pictures.append(to_uint8(images))
     # A rank may be left without prompts.
     pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])

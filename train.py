@@ -731,7 +731,7 @@ def finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, wri
     values, images = {"epoch/loss": state.epoch_losses[-1]}, {}
     draws = args.sample_every and (state.epoch % args.sample_every == 0
                                    or state.epoch == args.epochs)
-    with tolerate(torch.OutOfMemoryError, "validation or samples left out"):
+    with tolerate(data.SPARED, "validation or samples left out"):
         if len(val_loader.dataset.images):
             batches = takewhile(lambda _: not stop.look(), val_loader)
             values |= validate(averaged, batches, unreadable, dtype)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ def peak_gib():
 def tests(folder, args):
     """tests/test_gpu.py, several tests at a time."""
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-v", "-n", "6" if CUDA else
-               "2", "--dist", "load", "--durations", "0"]
+               "2", "--dist", "load", "--durations", "0", "-k", args.only]
     outcome = re.compile(r"\] (PASSED|FAILED|ERROR|SKIPPED) tests/test_gpu.py::(\S+)")
     with open(args.out / "tests.log", "w", buffering=1) as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -107,7 +107,9 @@ def memory(folder, args):
                    "--name", len(jobs)]   # of flags given twice the last counts
             job = pool.submit(peaks, list(map(str, own)))
             jobs.append((f"{preset}, {side} px, {images} images {' '.join(more)}", job, said))
-    for name, job, said in jobs:
+    said_of = {job: (name, said) for name, job, said in jobs}
+    for job in as_completed(said_of):
+        name, said = said_of[job]
         for when, value in zip(("in a step", "at an epoch's end"), job.result()):
             yield f"{name}: GiB {when}", value, f"README: {said}" if said else ""
     if CUDA:
@@ -340,6 +342,7 @@ def main():
     parser.add_argument("--limit", type=float, help="seconds a step may take (default: its own)")
     parser.add_argument("--emoji", type=Path, default=Path("emoji"), help="a folder of pictures")
     parser.add_argument("--here", action="store_true", help="in this process, without a limit")
+    parser.add_argument("--only", default="", help="the tests that pytest's -k chooses")
     parser.add_argument("--repeats", type=int, default=2, help="pieces of each kind")
     args = parser.parse_args()
     args.out, args.emoji = args.out.resolve(), args.emoji.resolve()
@@ -352,7 +355,8 @@ def main():
     for name in STEPS if "all" in args.steps else args.steps:
         start, limit = time.monotonic(), args.limit or STEPS[name][0] * (4 if small else 1)
         (args.out / f"{name}.txt").unlink(missing_ok=True)
-        own = ["--out", str(args.out), "--emoji", str(args.emoji), "--repeats", str(args.repeats)]
+        own = ["--out", str(args.out), "--emoji", str(args.emoji), "--repeats", str(args.repeats),
+               "--only", args.only]
         step = subprocess.Popen([sys.executable, __file__, name, "--here", *own], env=env,
                                 start_new_session=True)
         try:
