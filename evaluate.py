@@ -481,8 +481,8 @@ def judge(task, batches, label, device):
 
 def print_results(results):
     """A line for each guidance scale, or for each of the two groups of built-in pictures, with 95%
-    intervals."""
-    for result in results:
+    intervals, from the main rank."""
+    for result in results if dist.get_rank() == 0 else ():
         scale, speed = result["guidance_scale"], f"{result['images_per_second']:.2f} images/s"
         what = "pictures" if scale is None else f"guidance scale {scale:g}"
         figures = [f"{name} {result[name]:.3f}" for name in ("fid", "clip", "clip-fd")
@@ -537,8 +537,6 @@ def open_model(args, device):
     trained with."""
     model = load_model(args.checkpoint, device, args.weights, args.compile,
                        vae=args.vae, text_encoder=args.text_encoder)
-    finite = all(p.isfinite().all() for p in model.unet.parameters())
-    require(finite, args, "checkpoint", "training had diverged: not all finite; use an older one")
     args.data = args.data or model.run["data"]
     args.resolution, args.channels = model.config.resolution, model.config.image_channels
     path, judged = Path(model.source["checkpoint"]), {k: model.source[k] for k in ("epoch", "step")}
@@ -591,24 +589,25 @@ def main():
     where |= {name: version(name) for name in LIBRARIES}
     where |= dict(processes=dist.get_world_size(),
                   device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    print_results(record["results"])   # of an earlier, interrupted call
     for scale in sorted(scales - {result["guidance_scale"] for result in record["results"]}):
         start = time.perf_counter()
         label = "pictures" if scale is None else f"guidance scale {scale:g}"
         if scale is None:
             batches = pictures.batches(args.batch_size)
         else:
-            batches = draw_share(model, prompts, guidance_scale=scale, dtype=dtype,
-                                 **sampling_settings(args))
+            batches = draw_share(model, prompts, range(len(prompts)), guidance_scale=scale,
+                                 dtype=dtype, **sampling_settings(args))
         values = judge(task, batches, label, device)
         values |= dict(guidance_scale=scale, where=where,
                        images_per_second=task.count / (time.perf_counter() - start))
         record["results"].append(values)
         record["results"].sort(key=lambda result: result["guidance_scale"])   # None: only one
+        print_results([values])   # before what may fail on a full disk
         if dist.get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
     if dist.get_rank() == 0:
-        print_results(record["results"])
         print(f"figures and settings: {path}")
 
 

@@ -10,12 +10,14 @@ Symbols, as in Ho et al. 2020 (DDPM) and Salimans & Ho 2022 (v-prediction):
     text_emb   the text encoder's last_hidden_state, (B, L, D)
 """
 import errno
+import math
 import os
 import re
 import warnings
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -36,6 +38,17 @@ def require(ok, flags, name, fix):
     """Raises: ValueError that names the flag, its value among `flags` and the fix, unless ok."""
     if not ok:
         raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: {fix}")
+
+
+def check_ranges(flags, **ranges):
+    """Raises: ValueError that names the flag with a value, or one of several, below the minimum or
+    outside (minimum, maximum). NaN is in no range; a flag that was not given passes."""
+    for name, bounds in ranges.items():
+        low, high = bounds if isinstance(bounds, tuple) else (bounds, math.inf)
+        value = getattr(flags, name, None)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        fix = f"must be at least {low}" if high == math.inf else f"must be from {low} to {high}"
+        require(all(v is None or low <= v <= high for v in values), flags, name, fix)
 
 
 def model_flag(default, text, **more):
@@ -67,9 +80,7 @@ class ModelConfig:
         for name, choices in dict(beta_schedule=BETA_SCHEDULES,
                                   prediction_type=PREDICTION_TYPES).items():
             require(getattr(self, name) in choices, self, name, f"use {' or '.join(choices)}")
-        require(16 <= self.token_length <= 77, self, "token_length", "must be from 16 to 77")
-        require(0 <= self.caption_dropout <= 1, self, "caption_dropout", "must be from 0 to 1")
-        require(self.num_train_timesteps > 1, self, "num_train_timesteps", "must be at least 2")
+        check_ranges(self, token_length=(16, 77), caption_dropout=(0, 1), num_train_timesteps=2)
         require(self.image_channels == 3 or self.image_channels == 1 and pixels, self,
                 "image_channels", "must be 3, or 1 (greyscale) in pixel space: add --vae none")
         require(unshuffle == 1 or unshuffle > 1 and pixels, self, "pixel_unshuffle",
@@ -241,9 +252,10 @@ def load_pretrained(load, name, subfolder, flag, **options):
     places = [{}] if folder.is_dir() else [{}, dict(subfolder=subfolder)]
     if (folder / subfolder).is_dir():
         places = [dict(subfolder=subfolder)]
-    for place in places:
+    # What is in the cache is not asked of the hub, which may be out of reach.
+    for is_local, place in product((True, False), places):
         try:
-            return load(name, **place, **options)
+            return load(name, **place, **options, local_files_only=is_local)
         except (OSError, ValueError) as error:
             errors.append(error)
     if folder.is_dir():
@@ -253,6 +265,14 @@ def load_pretrained(load, name, subfolder, flag, **options):
         f"{flag} {name}: no such folder, and not on the Hugging Face hub or in its cache (HF_HOME="
         f"{home}, HF_HUB_OFFLINE={offline}); put the folder of training there again or, online, "
         f"run: hf download {name} (or bash slurm/fetch.sh with this run's flags)") from errors[0]
+
+
+def load_config(kind, name, subfolder, flag):
+    """A diffusers network's config. Raises: ValueError where it is of another class."""
+    found = load_pretrained(kind.load_config, name, subfolder, flag)
+    if (named := found.get("_class_name")) != kind.__name__:
+        raise ValueError(f"{flag} {name}: is a {named}, not a {kind.__name__}")
+    return found
 
 
 def load_whole(kind, name, subfolder, flag):
@@ -325,16 +345,20 @@ class TextEncoder(nn.Module):
         self.rows, self.features = {}, torch.empty(0)   # see remember()
         self.float().requires_grad_(False).eval()       # whatever dtype the weights were stored in
 
-    def remember(self, captions, most_bytes=2**30, batch_size=256):
-        """Encode the different captions, and the empty one, once: from now on they are looked up.
-        Does nothing where their features would take more than `most_bytes`."""
-        distinct, most = {"": None}, most_bytes // (4 * self.token_length * self.width)
+    def remember(self, captions, most_bytes=None, batch_size=256):
+        """Encode the different captions, and the empty one, once: from now on they are looked up in
+        half precision. Does nothing where this would take more than `most_bytes`: by default a
+        fifth of a GPU's memory, where Flickr8k's 40,000 fit, or half a GiB."""
+        if most_bytes is None:
+            gpu = self.clip.device if self.clip.device.type == "cuda" else None
+            most_bytes = torch.cuda.get_device_properties(gpu).total_memory // 5 if gpu else 2**29
+        distinct, most = {"": None}, most_bytes // (2 * self.token_length * self.width)
         for caption in captions:
             distinct[caption] = None
             if len(distinct) > most:
                 return
         distinct = list(distinct)
-        self.features = torch.cat([self(distinct[start:start + batch_size])
+        self.features = torch.cat([self(distinct[start:start + batch_size]).half()
                                    for start in range(0, len(distinct), batch_size)])  # (N, L, D)
         self.rows = {caption: row for row, caption in enumerate(distinct)}
 
@@ -350,7 +374,7 @@ class TextEncoder(nn.Module):
         """Captions are cut to L tokens, with the end token kept, and padded as CLIP was trained."""
         if all(caption in self.rows for caption in captions):
             rows = torch.tensor([self.rows[caption] for caption in captions])
-            return self.features[rows.to(self.features.device, non_blocking=True)]
+            return self.features[rows.to(self.features.device, non_blocking=True)].float()
         tokens = self.tokenizer(list(captions), padding="max_length", truncation=True,
                                 max_length=self.token_length, return_tensors="pt").input_ids
         if self.clip.device.type == "cuda":   # else the copy would wait for the GPU's work
@@ -363,10 +387,8 @@ def pixels_per_latent(config):
     """The side of one element of x_0, in pixels."""
     if config.vae == "none":
         return config.pixel_unshuffle
-    found = load_pretrained(AutoencoderKL.load_config, config.vae, "vae", "--vae")
-    kind = found.get("_class_name")
-    require(kind == "AutoencoderKL", config, "vae", f"is a {kind}, not an AutoencoderKL")
-    return 2 ** (len(found["block_out_channels"]) - 1)
+    vae = load_config(AutoencoderKL, config.vae, "vae", "--vae")
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 class ImageCodec(nn.Module):
@@ -440,20 +462,13 @@ def build_unet(config, latent_shape, text_width):
     return UNet2DConditionModel(**{**config.unet, **sizes, "sample_size": side})
 
 
-def read_unet_config(name):
-    """The architecture of a diffusers UNet or pipeline (hub id or folder), for ModelConfig.unet."""
-    found = load_pretrained(UNet2DConditionModel.load_config, name, "unet", "--init-unet")
-    if (kind := found.get("_class_name")) != "UNet2DConditionModel":
-        raise ValueError(f"--init-unet {name}: is a {kind}, not a UNet2DConditionModel")
-    return {key: value for key, value in found.items() if not key.startswith("_")}
-
-
 def read_pipeline(name, config):
     """What a diffusers pipeline (hub id or folder) says of itself, as fields of ModelConfig; a UNet
     alone tells its architecture and size. Raises: ValueError where its betas are none of ours."""
-    unet = read_unet_config(name)
+    unet = load_config(UNet2DConditionModel, name, "unet", "--init-unet")
     side = (unet.get("sample_size") or 0) * pixels_per_latent(config)
-    said = dict(unet=unet, resolution=side or config.resolution)
+    said = dict(unet={key: value for key, value in unet.items() if not key.startswith("_")},
+                resolution=side or config.resolution)
     try:
         noise = load_pretrained(DDPMScheduler.load_config, name, "scheduler", "--init-unet")
         tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, "tokenizer", "--init-unet")
@@ -516,6 +531,9 @@ def write_atomically(path, write, check=lambda temporary: None):
             os.fsync(file.fileno())
         check(temporary)
         os.replace(temporary, path)
+    except OSError as error:   # numpy's names neither the file nor the reason
+        reason = error.strerror or f"disk full? {error}"
+        raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -535,30 +553,24 @@ def verify_checkpoint(path):
             raise ValueError(f"the bytes of {damaged!r} have changed since they were written")
 
 
-def save_checkpoint(payload, path):
+def save_checkpoint(payload, path, keep_every=0):
     """Write a dict of tensors and plain Python values, verified; `path` is as it was or complete.
 
-    Raises: OSError where it cannot be written or reads back differently.
+    On a full disk the older checkpoints make room, but for the newest good one and those that
+    keep_every keeps. Raises: OSError where it cannot be written or reads back differently.
     """
-    try:
-        write_atomically(path, lambda file: torch.save(payload, file), check=verify_checkpoint)
-    except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        # A full disk reaches us as torch.save's RuntimeError, with the OSError behind it.
-        cause = error.__context__
-        raise cause if isinstance(cause, OSError) else OSError(str(error)) from None
-
-
-def save_in_little_room(payload, path, keep_every):
-    """save_checkpoint. On a full disk the older ones make room, but for the newest good one and the
-    first of every keep_every-th epoch."""
-    try:
-        save_checkpoint(payload, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    for is_last in (False, True):
+        try:
+            write_atomically(path, lambda file: torch.save(payload, file), check=verify_checkpoint)
+            return
+        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+            # A full disk may reach us as torch.save's RuntimeError, with the OSError behind it.
+            causes = (error, error.__context__, OSError(str(error)))
+            fault = next(cause for cause in causes if isinstance(cause, OSError))
+        if is_last or fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise fault
         with suppress(OSError, ValueError):   # there is none, or none that is good
             prune_checkpoints(load_checkpoint(path.parent)[1], 1, keep_every)
-        save_checkpoint(payload, path)
 
 
 def find_checkpoints(folder):

@@ -31,8 +31,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import data
+import models
 from data import amp_dtype, counter_rng, gather, interleave, rank_batches, run_main, setup_processes
-from models import Model, apply_unet, load_model, make_betas, require, write_atomically
+from models import Model, apply_unet, check_ranges, load_model, make_betas, require
 
 # Samplers
 
@@ -131,17 +132,6 @@ def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_
 # Generation
 
 
-def check_ranges(flags, **ranges):
-    """Raises: ValueError that names the flag with a value, or one of several, below the minimum or
-    outside (minimum, maximum). NaN is in no range; a flag that was not given passes."""
-    for name, bounds in ranges.items():
-        low, high = bounds if isinstance(bounds, tuple) else (bounds, math.inf)
-        value = getattr(flags, name, None)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        fix = f"must be at least {low}" if high == math.inf else f"must be from {low} to {high}"
-        require(all(v is None or low <= v <= high for v in values), flags, name, fix)
-
-
 def check_sampling(flags, **ranges):
     """Raises: ValueError for a setting of `generate`, or its flag, that would draw nonsense."""
     check_ranges(flags, eta=(0, 1), guidance_rescale=(0, 1), guidance_interval=(0, 1), seed=0,
@@ -214,9 +204,8 @@ def generate_sharded(model, prompts, **kwargs):
     return torch.stack(interleave(gather(own)))
 
 
-def draw_share(model, prompts, batch_size, numbers=None, **settings):
-    """(picture numbers, pictures) of this rank's share, drawn by `generate` a batch at a time."""
-    numbers = range(len(prompts)) if numbers is None else numbers
+def draw_share(model, prompts, numbers, batch_size, **settings):
+    """(picture numbers, pictures) of this rank's share of `numbers`, a batch at a time."""
     for part in rank_batches(len(numbers), batch_size):
         own = [numbers[k] for k in part]
         yield own, generate(model, [prompts[i] for i in own], indices=own, batch_size=batch_size,
@@ -399,13 +388,14 @@ def draw_into(folder, model, prompts, batch_size, **how):
     steps = how["steps"] * len(missing) // dist.get_world_size()
     bar = tqdm(total=steps, unit="step", desc="sampling", disable=dist.get_rank() > 0)
     paths = list(made)
-    for numbers, pictures in draw_share(model, prompts, batch_size, missing, progress=bar.update,
+    for numbers, pictures in draw_share(model, prompts, missing, batch_size, progress=bar.update,
                                         **how):
         for i, picture in zip(numbers, pictures):
             chunks = PngInfo()
             for key, value in made[paths[i]].items():
                 chunks.add_itxt(key, value)
-            write_atomically(paths[i], partial(to_pil(picture).save, format="png", pnginfo=chunks))
+            save = partial(to_pil(picture).save, format="png", pnginfo=chunks)
+            models.write_atomically(paths[i], save)
     bar.close()
     gather(None)   # until all are there
     return paths
@@ -432,8 +422,8 @@ def main():
     paths = draw_into(output, model, prompts, **how)
     if is_main:
         first = np.stack([np.atleast_3d(Image.open(path)) for path in paths[:100]])
-        first = torch.from_numpy(first).permute(0, 3, 1, 2)
-        make_grid(first, prompts[:100]).save(output / "grid.png")
+        grid = make_grid(torch.from_numpy(first).permute(0, 3, 1, 2), prompts[:100])
+        grid.save(output / "grid.png")
     if args.guidance_scales:
         columns = [generate_sharded(model, args.prompts, **how | dict(guidance_scale=scale))
                    for scale in args.guidance_scales]

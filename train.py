@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 import data
 import models
-from models import PRESETS, Model, ModelConfig, apply_unet, require, update_ema
-from sample import check_ranges, generate_sharded, make_grid, make_strip
+from models import PRESETS, Model, ModelConfig, apply_unet, check_ranges, require, update_ema
+from sample import generate_sharded, make_grid, make_strip
 
 # What suits each preset; every value can be overridden by its flag.
 TRAINING_DEFAULTS = {
@@ -158,7 +158,6 @@ def parse_args(argv=None):
     for name in ("data", "captions"):   # a run goes on from any folder
         if getattr(args, name) and not data.is_builtin(getattr(args, name)):
             setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
-    config = make_config(args)
     if payload:
         # These two are places: that their weights are the same is checked when they are loaded.
         config = models.config_of(payload, vae=first.vae, text_encoder=first.text_encoder)
@@ -166,13 +165,9 @@ def parse_args(argv=None):
         for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", *MODEL_FLAGS):
             require(getattr(args, name) in (None, stored.get(name)), args, name, f"the checkpoint "
                     f"{path} has {stored.get(name)}; leave the flag out, or start a new run")
-    elif args.init_unet:
-        said = models.read_pipeline(args.init_unet, config)
-        said["resolution"] = args.resolution or said["resolution"]   # a UNet can draw at any size
-        for name, value in said.items():
-            require(getattr(args, name, None) in (None, value), args, name,
-                    f"the pipeline of --init-unet has {value}; leave the flag out")
-        config = replace(config, **said)
+    else:
+        config = make_config(args)
+        check_schedule(config)
     check_args(args, config, payload)
     return args, config, payload, path
 
@@ -182,31 +177,38 @@ def check_args(args, config, payload):
     check_ranges(
         args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, seed=0, workers=0,
         save_every=1, keep_last=1, log_every=1, keep_every=0, sample_every=0, max_steps=1,
-        save_minutes=0,
-        time_limit=0, lr=0, warmup_steps=0, weight_decay=0, max_bad_images=(0, 1), snr_floor=0,
-        min_snr_gamma=args.snr_floor or 0.01, sample_guidance=(0, 100))
-    for name in ("val_fraction", "ema_decay"):
-        require(0 <= getattr(args, name) < 1, args, name, "must be at least 0 and below 1")
-    require(args.max_grad_norm > 0, args, "max_grad_norm", "must be above 0; inf: no clipping")
+        save_minutes=0, time_limit=0, lr=0, warmup_steps=0, weight_decay=0, snr_floor=0,
+        min_snr_gamma=args.snr_floor or 0.01, max_grad_norm=1e-6, max_bad_images=(0, 1),
+        val_fraction=(0, 0.99), ema_decay=(0, 0.999999), sample_guidance=(0, 100))
     if args.cache_latents is not None:
         require(config.vae != "none", args, "cache_latents", "--vae none has no latents to cache")
         require(not args.random_crop, args, "cache_latents", "with --random-crop "
                 "every visit has other latents; leave one of the two out")
-    if payload:   # from before the next two checks it stays what it is
-        return
-    # Sampling starts from pure noise, and errors in eps are magnified by 1 / sqrt(alpha_bar).
+
+
+def check_schedule(config):
+    """Raises: ValueError where sampling cannot start at x_T. Not of runs that began before this was
+    checked: they stay what they are."""
     last = models.NoiseSchedule(config).on_cpu[-1].item()
     require(last < 0.05, config, "num_train_timesteps", f"x_T is far from noise, with alpha_bar "
             f"{last:.2g}; use more, or add --beta-schedule cosine")
+    # An error in eps is magnified by 1 / sqrt(alpha_bar), and latents are not clipped.
     require(last > 1e-5 or config.vae == "none" or config.prediction_type != "epsilon", config,
             "prediction_type", f"latents explode where alpha_bar ends at {last:.1g}; use "
             "v_prediction or sample, or another --beta-schedule")
 
 
 def make_config(args):
-    """The preset with the given model flags."""
+    """The preset with the given model flags and what --init-unet says of itself."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
     config = replace(PRESETS[args.preset], **given)
+    if args.init_unet:
+        said = models.read_pipeline(args.init_unet, config)
+        said["resolution"] = args.resolution or said["resolution"]   # a UNet can draw at any size
+        for name, value in said.items():
+            require(given.get(name, value) == value, args, name,
+                    f"the pipeline of --init-unet has {value}; leave the flag out")
+        config = replace(config, **said)
     if config.text_encoder != "builtin":
         return config
     if data.is_builtin(args.data):
@@ -450,7 +452,9 @@ class TrainingState:
     COUNTERS = ("epoch", "step", "step_in_epoch", "epoch_losses", "logged_step")
 
     def __init__(self, unet, args, device, dtype):
-        self.unet, self.ema = unet, copy.deepcopy(unet).requires_grad_(False).eval()
+        # The average has weights of its own; buffers, such as BatchNorm's statistics, are shared.
+        shared = {id(buffer): buffer for buffer in unet.buffers()}
+        self.unet, self.ema = unet, copy.deepcopy(unet, shared).requires_grad_(False).eval()
         # Listed once: walking through the modules costs a millisecond.
         self.weights, self.averages = list(unet.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, args.lr, tuple(args.adam_betas),
@@ -548,7 +552,7 @@ class TrainingState:
             for wait in [10] * (tries - 1) + [0]:
                 with tolerate(OSError, f"checkpoint {path} could not be written"):
                     folder.mkdir(exist_ok=True)
-                    models.save_in_little_room(payload, path, keep[1])
+                    models.save_checkpoint(payload, path, keep[1])
                     saved = True
                     models.prune_checkpoints(path, *keep)
                 if saved:
@@ -679,7 +683,8 @@ def peak_gib(device):
     """The most memory so far: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20   # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class StepLog:

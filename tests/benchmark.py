@@ -288,7 +288,7 @@ def evaluation(folder, args, count=128):
     prompts, scenes, drawings = evaluate.builtin_data(SimpleNamespace(
         num_images=count, resolution=config.resolution, channels=config.image_channels))
     right = torch.cat([images for _, images in drawings.batches(64)])
-    drawn = sample.draw_share(model, prompts, batch_size=64)
+    drawn = sample.draw_share(model, prompts, range(count), batch_size=64)
     task = evaluate.Task(["accuracy"], count, prompts, scenes, drawings)
     total = seconds(lambda: evaluate.judge(
         task, ((numbers, right[numbers]) for numbers, _ in drawn), "evaluation", device))

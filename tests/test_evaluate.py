@@ -304,6 +304,10 @@ def test_a_killed_sweep_continues(run, tmp_path, monkeypatch, capsys):
     after = record_in(tmp_path)["results"]
     assert [result["guidance_scale"] for result in after] == [1, 2.5, 4]
     assert after[:len(before)] == before and "held out" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        main(monkeypatch, *flags, "--guidance-scales", 2, "--output", tmp_path / "file")
+    assert "guidance scale 2, pictures of held out" in capsys.readouterr().out.replace("24", "")
     main(monkeypatch, *flags, "--seed", 1)
     assert len(list(tmp_path.rglob("evaluation.json"))) == 2
 
@@ -336,7 +340,7 @@ def test_captioned_data(real, inception, whole_clip, tmp_path, monkeypatch, caps
     ("--images no --data shapes --resolution 32", "--images no: no such folder"),
     ("--images no", "--images no: add --data"),
     ("--checkpoint RUN --resolution 32", "--resolution 32: goes with --images"),
-    ("--checkpoint DIVERGED", "--checkpoint DIVERGED: training had diverged")])
+    ("--checkpoint DIVERGED", "--amp off: pictures are not finite")])
 def test_mistakes_are_one_line(run, inception, tmp_path, flags, message):
     """A mistake ends the script with exit code 2 and one line: flag, value and what to do."""
     payload = newest(run)

@@ -11,7 +11,7 @@ import data
 import sample
 import train
 from conftest import TINY, newest, run_ok, scalars, train_run
-from models import PRESETS, Model, ModelConfig, load_model, read_unet_config
+from models import PRESETS, Model, ModelConfig, load_model, read_pipeline
 from sample import export_pipeline
 from tiny_networks import make_clip, make_vae
 from train import diffusion_loss
@@ -125,7 +125,7 @@ def test_a_unet_that_does_not_fit(tmp_path, clip, vae):
     """A pretrained UNet with another VAE, another text width or pooled text is refused in one line
     that says so, and so is what is no UNet."""
     export_pipeline(make_model(clip, vae), tmp_path)
-    unet = read_unet_config(str(tmp_path))
+    unet = read_pipeline(str(tmp_path), ModelConfig(vae=vae))["unet"]
     vae8, clip64 = make_vae(tmp_path / "a", latent_channels=8), make_clip(tmp_path / "b", width=64)
     for networks, pooled, reason in (((clip, vae), True, "class_embed_type None, .* projection"),
                                      ((clip, vae8), False, "in_channels 4, .* call for 8"),
@@ -135,4 +135,4 @@ def test_a_unet_that_does_not_fit(tmp_path, clip, vae):
         with pytest.raises(ValueError, match=f"^--init-unet: that UNet has .*{reason}; choose"):
             Model(config)
     with pytest.raises(ValueError, match=f"^--init-unet {vae}: is a AutoencoderKL, not a UNet2D"):
-        read_unet_config(vae)
+        read_pipeline(vae, ModelConfig(vae=vae))

@@ -34,7 +34,13 @@ from conftest import (
     scalars,
 )
 from data import PLACE, CaptionedImages, UnreadableImage, first_readable, image_loader
-from models import ModelConfig, load_checkpoint, prune_checkpoints, save_checkpoint
+from models import (
+    ModelConfig,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    write_atomically,
+)
 
 W = torch.arange(300.0)
 
@@ -154,6 +160,17 @@ def test_a_full_disk_drops_older_checkpoints(tmp_path, monkeypatch):
     assert left == [4, 5, 6, 7] and load_checkpoint(tmp_path)[0]["step"] == 7
 
 
+def test_a_file_on_a_full_disk_is_named(tmp_path):
+    """Where numpy says only how many bytes it could not write."""
+    def write(file):
+        raise OSError("86930 requested and 65408 written")
+
+    path = tmp_path / "latents_00000.npy"
+    with pytest.raises(OSError, match=f"disk full. 86930 requested and 65408 written: '{path}'$"):
+        write_atomically(path, write)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_disk_full_then_read_only_then_folder_removed(tmp_path, flags):
     """On a small file system that fills up, turns read-only and loses the run folder, a run goes
@@ -194,7 +211,7 @@ def test_disk_full_then_read_only_then_folder_removed(tmp_path, flags):
 # Numbers
 
 PATCHED = """
-import os, time, zlib, sample, torch, train
+import copy, os, time, zlib, sample, torch, train
 from data import run_main
 
 rank, fault, calls = int(os.environ["RANK"]), os.environ["FAULT"], []
@@ -229,6 +246,9 @@ def generate(*args, **how):
     assert how["batch_size"] == 4   # of the micro-batch
     if fault == "samples" and rank == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+    if fault == "pictures" and rank == 1:
+        args[0].schedule = copy.copy(args[0].schedule)
+        args[0].schedule.predict_x0 = lambda output, x_t, t: output * torch.nan
     return real_generate(*args, **how)
 
 real_generate, sample.generate = sample.generate, generate
@@ -289,10 +309,11 @@ def test_float16_skips_in_silence_until_there_are_too_many(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["validation", "samples", "a step"])
+@pytest.mark.parametrize("what", ["validation", "samples", "pictures", "a step"])
 def test_out_of_memory(tmp_path, patched_run, what):
     """One of two ranks runs out of memory. In validation or as it draws, both go on after one
-    warning; in a step the run ends with a line that says where and names the flags."""
+    warning, also where pictures are not finite; in a step the run ends with a line that says where
+    and names the flags."""
     with patched_run(what, "--epochs", 2, "--sample-every", 1) as job:
         code = job.process.wait(150)
         text = job.text()
@@ -301,7 +322,8 @@ def test_out_of_memory(tmp_path, patched_run, what):
                                   ".*--batch-size.*--accumulation.*--gradient-check", text), text
         return
     assert code == 0 and newest(tmp_path / "run")["epoch"] == 2, text[-4000:]
-    assert text.count("warning: validation or samples left out (CUDA out of memory.") == 1
+    reason = "--amp off: pictures" if what == "pictures" else "CUDA out of memory."
+    assert text.count(f"warning: validation or samples left out ({reason}") == 1
     assert len(scalars(tmp_path / "run", "epoch/loss")) == 2
     validated = scalars(tmp_path / "run", "epoch/validation_loss")
     assert len(validated) == (0 if what == "validation" else 2)

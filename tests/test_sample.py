@@ -1,5 +1,10 @@
 """Sampling: the same pictures however they are shared out, guidance, and the frozen networks."""
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
-from conftest import TINY, Job, errors, launch, run_ok, train_run
+from conftest import ROOT, TINY, Job, errors, launch, run_ok, train_run
 from data import counter_rng
 from models import PRESETS, ImageCodec, ModelConfig, TextEncoder, load_model
 from sample import SAMPLERS, generate, guided_denoiser, make_grid, rescale_guidance, to_uint8
@@ -227,8 +232,31 @@ def test_text_encoder_is_clips(clip):
     tokens = torch.tensor([tokens[0] + [1] * (16 - len(tokens[0])), tokens[1][:15] + [1]])
     expected = CLIPTextModel.from_pretrained(clip)(tokens).last_hidden_state
     torch.testing.assert_close(encoder(captions), expected)
-    encoder.remember(captions)
-    torch.testing.assert_close(encoder(captions[::-1]), expected.flip(0))
+    with torch.autocast("cpu", torch.bfloat16):   # as in training
+        torch.testing.assert_close(encoder(captions), expected)
+    encoder.remember(captions)   # in half precision
+    torch.testing.assert_close(encoder(captions[::-1]), expected.flip(0), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_in_the_cache_is_not_asked_of_the_hub(tmp_path, clip, vae):
+    """With both networks in the hub's cache by name, and the hub within reach, nothing calls it."""
+    for name, folder in dict(clip=clip, vae=vae).items():
+        place = tmp_path / f"hub/models--tiny--{name}"
+        shutil.copytree(folder, place / "snapshots/abc")
+        (place / "refs").mkdir()
+        (place / "refs/main").write_text("abc")
+    code = ("from models import *\n"
+            "config = ModelConfig(text_encoder='tiny/clip', vae='tiny/vae', resolution=16)\n"
+            "TextEncoder(config), ImageCodec(config)")
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        env = dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0", no_proxy="*",
+                   HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}")
+        hub.settimeout(0)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=100,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        with pytest.raises(BlockingIOError):   # nobody is waiting
+            hub.accept()
 
 
 def test_builtin_text_encoder_is_always_the_same():
