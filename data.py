@@ -196,7 +196,7 @@ def folder_files(root):
     """Names of a folder's files. Links are followed, but no folder is entered twice, so that a
     circle of links ends."""
     entered = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=warnings.warn):
         identity = os.stat(folder).st_dev, os.stat(folder).st_ino
         folders[:] = sorted(set(folders) if identity not in entered else ())
         if identity not in entered:

@@ -640,8 +640,6 @@ class Model:
         self.text_encoder = TextEncoder(config).to(device)
         self.codec = ImageCodec(config).to(device)
         self.unet = build_unet(config, self.codec.latent_shape, self.text_encoder.width).to(device)
-        if self.device.type == "cuda":   # the layout in which tensor cores convolve
-            self.unet.to(memory_format=torch.channels_last)
         # The weights' bits added up as integers: the same on any device, and fast. The built-in
         # text encoder is drawn anew, and may differ in a last bit on another machine.
         networks = dict(text_encoder=self.text_encoder, vae=self.codec)
