@@ -322,17 +322,18 @@ def test_buffers_are_saved_and_come_back(tmp_path):
     def make_state():
         unet = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2))
         unet.register_buffer("table", torch.randn(3))
-        args = train.make_parser().parse_args(["--lr", "0.1"])
         return train.TrainingState(unet, args, torch.device("cpu"), None)
 
+    args = train.make_parser().parse_args([
+        "--lr", "0.1", "--epochs", "1", "--batch-size", "1", "--warmup-steps", "1"])
     state = make_state()
     state.unet(torch.randn(4, 2, 3, 3) + 5).square().mean().backward()
     state.optimizer.step()
     update_ema(state.averages, state.weights, 1, 0.5)
     assert not torch.equal(state.ema[0].weight, state.unet[0].weight)
-    state.save(tmp_path, config=asdict(CONFIG), train_images=1)
+    state.save(tmp_path, config=asdict(CONFIG), train_images=1, args=vars(args))
     resumed = make_state()
-    resumed.restore(newest(tmp_path), train.make_parser().parse_args([]), BuiltinShapes, [0])
+    resumed.restore(newest(tmp_path), args, BuiltinShapes, [0])
     for of in (state, resumed):
         assert_same(dict(of.ema.named_buffers()), dict(state.unet.named_buffers()))
         assert of.ema[1].num_batches_tracked == 1 and of.ema[1].running_mean.abs().min() > 0.1
