@@ -237,16 +237,16 @@ class Files:
         self.root, plain = Path(path), []
         self.archives = [self.root]
         if self.root.is_dir():
-            plain = list(folder_files(str(self.root)))
+            plain = set(folder_files(str(self.root)))
             has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in plain)
-            self.archives = [self.root / name for name in sorted(plain)
-                             if name.lower().endswith(".tar") and not has_images]
+            shards = {name for name in plain if name.lower().endswith(".tar") and not has_images}
+            self.archives, plain = [self.root / name for name in sorted(shards)], plain - shards
         elif self.root.suffix.lower() in TEXT_SUFFIXES:   # captions alone
             self.root, plain, self.archives = self.root.parent, [self.root.name], []
         found = {name: [-1] * 7 for name in plain}
         try:
             for number, archive in enumerate(self.archives):
-                shard = f"{archive.relative_to(self.root)}/" if plain else ""
+                shard = f"{archive.relative_to(self.root)}/" if self.root.is_dir() else ""
                 for name, *place in archive_files(archive):
                     name = name.replace("\\", "/").removeprefix("./")
                     found[shard + name] = [number, *place]

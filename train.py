@@ -667,6 +667,10 @@ def print_start(args, model, source, order, counts, folder, dtype):
         "text encoder": f"{config.text_encoder}, {text}, frozen",
         "VAE": f"{config.vae}, {vae}, frozen, for images of {config.resolution} px",
         "precision": f"{dtype} autocast, float32 weights" if dtype else "float32"}
+    # Below 64 images of 256 px the standard preset's kernels end before the next are launched.
+    positions = order.micro_batch * np.prod(model.codec.latent_shape[1:])
+    if is_gpu and positions < 2**16 and args.preset != "large" and not args.compile:
+        rows["speed"] = "too small a batch to fill a GPU: try --compile, or a larger --batch-size"
     if dist.get_rank() == 0:
         if cut := model.text_encoder.count_cut(source.texts):
             rows["text encoder"] += f"; {cut:,} captions are cut at {config.token_length} tokens"

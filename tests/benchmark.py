@@ -195,8 +195,8 @@ def loop(folder, args):
     runs = [("default run", [], 32, 20), ("standard preset", cached, 8, 2)]
     if CUDA:
         runs = [("standard preset, compiled", [*cached, "--compile"], 64, 20),
-                ("standard preset", cached, 256, 5), ("large preset", [
-                    *cached, "--preset", "large"], 32, 20), ("default run", [], 32, 200)]
+                ("standard preset", cached, 256, 5), ("default run", [], 32, 100),
+                ("large preset", [*cached, "--preset", "large"], 32, 8)]
     for name, flags, images, steps in runs:
         with real_run(folder / name, steps, *flags, "--batch-size", images) as run:
             ours, bare = alternate(args.repeats, (run, "loop"), (run, "bare"))
@@ -254,8 +254,8 @@ def sampling(folder, args):
     cases = [("standard", batch, None) for batch in (1, 2, 4, 8, 16)]
     if CUDA:
         cases = [(preset, batch, dtype) for preset, dtype in (
-            ("standard", None), ("standard", torch.bfloat16), ("large", torch.bfloat16))
-            for batch in (1, 16, 64)]
+            ("standard", None), ("large", torch.bfloat16), ("standard", torch.bfloat16))
+            for batch in (1, 64, 16)]
     loaded = None
     for preset, batch, dtype in cases:
         if loaded != (preset, dtype):
@@ -276,6 +276,11 @@ def sampling(folder, args):
             (seconds, lambda: pipeline(prompts, side, side, num_inference_steps=steps, **scale)))
         yield f"{name}: images/s", batch / ours, ""
         yield f"{name}: ours / diffusers' pipeline", theirs / ours, ">= 1"
+    if CUDA:
+        model.unet.compile()
+        fast, = alternate(args.repeats, (seconds, lambda: sample.generate(
+            model, prompts, steps=steps, dtype=dtype, **scale)))
+        yield f"{name}: compiled / eager", ours / fast, ""
 
 
 def evaluation(folder, args, count=128):

@@ -25,7 +25,8 @@ def run(command, cwd, env, timeout):
     """What subprocess.run gives for `python *command`, with its output captured as text."""
     with STARTING:
         before = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = HERE   # where the server, once started, finds this module
+        # Where the server, once started, finds this module.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, before)))
         multiprocessing.forkserver.ensure_running()
         os.environ["PYTHONPATH"] = before
     with tempfile.TemporaryDirectory() as folder:

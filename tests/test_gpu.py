@@ -65,6 +65,13 @@ def prepare(args, unet, device, prepare_network=train.prepare_network):
 train.prepare_network = prepare
 run_main(train.main)
 """
+LITTLE_MEMORY = """
+import torch
+from data import run_main
+from train import main
+torch.cuda.set_per_process_memory_fraction(0.001)
+run_main(main)
+"""
 
 
 @gpu_alone
@@ -172,7 +179,9 @@ def test_captioned_pictures(tmp_path, photos, clip, vae, flags):
     data = [flag for flag in flags if flag in ("--random-crop", "--flip")]
     cpu = scalars(train_run(tmp_path, *common, *data, "--workers", 0), "train/loss")
     gpu = scalars(train_run(tmp_path, *common, *SMALL[-2:], "--workers", 2, *flags), "train/loss")
-    assert len(cpu) == len(gpu) == 9 and gpu == pytest.approx(cpu, rel=0.03)
+    finite = {step: loss for step, loss in gpu.items() if loss == loss}   # float16 may skip a few
+    assert len(cpu) == len(gpu) == 9 and len(finite) > 5
+    assert finite == pytest.approx({step: cpu[step] for step in finite}, rel=0.03)
 
 
 def test_pictures_of_gpu_and_cpu_agree(tmp_path):
@@ -187,7 +196,8 @@ def test_pictures_of_gpu_and_cpu_agree(tmp_path):
 
 
 @gpu_alone
-def test_too_large_a_batch_says_so(tmp_path):
-    """Out of memory ends the run at once, with an exit code and PyTorch's own words."""
-    done = launch("train.py", *SMALL, "--resolution", 1024, "--batch-size", 4096, cwd=tmp_path)
+def test_out_of_memory(tmp_path):
+    """It ends the run at once, with an exit code and PyTorch's own words."""
+    (tmp_path / "script.py").write_text(LITTLE_MEMORY)
+    done = launch(tmp_path / "script.py", *SMALL, "--batch-size", 2048, cwd=tmp_path)
     assert done.returncode != 0 and "out of memory" in done.stderr

@@ -15,7 +15,7 @@ READ = {
                      "link_whole", "link_captions", "link_circle"], (5, "captions.txt", "")),
     "flickr8k_brownlee": (5, "Flickr8k.token.txt", r"5 other files, such as 'ExpertAnnotations.*"),
     "flickr30k_tar": (5, "results_20130124.token", ""),
-    "webdataset": (1, "30 .txt files", r"33 other files, such as '00000.tar/0000.json', .*"),
+    "webdataset": (1, "30 .txt files", r"30 other files, such as '00000.tar/0000.json', .*"),
     "hf_root_csv": (1, "metadata.csv", ""),
     "hub_cache": (1, "snapshots/abc/train/metadata.csv", "31 other files, such as 'blobs/0', .*"),
     "csv_caption0to4": (5, "metadata.csv", ""), "csv_openclip": (1, "train.csv", ""),

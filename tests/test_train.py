@@ -438,7 +438,7 @@ def test_own_pictures(tmp_path, photos, clip, vae, in_pixels, channels, T):
 NO_VAE = "--data {photos} --text-encoder {clip}"
 MISTAKES = {   # what is given, and all that is said
     "--data {bad}/empty": "--data {bad}/empty: holds no images .*",
-    "--data {bad}/not.zip": "--data {bad}/not.zip: .*File is not a zip file.*",
+    "--data {bad}/not.zip": "--data {bad}/not.zip: no folder, whole .zip or .tar .*",
     "--data {photos} --preset tiny --text-encoder builtin": "--text-encoder builtin: .* a CLIP.*",
     "--data {photos}": r"--text-encoder (openai/[\w-]+): .*hf download \1.*",
     NO_VAE: "--vae stabilityai/sdxl-vae: .*hf download stabilityai/sdxl-vae.*",
@@ -529,3 +529,16 @@ def test_a_gpu_that_pytorch_was_not_built_for_is_refused(monkeypatch):
         data.setup_processes()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert data.setup_processes() == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("device, flags, said", [
+    ("cuda", [], True), ("cuda", ["--compile"], False), ("cpu", [], False),
+    ("cuda", ["--batch-size", "1024"], False), ("cuda", ["--batch-size", "1023"], True)])
+def test_a_batch_too_small_for_a_gpu_is_named(monkeypatch, capsys, device, flags, said):
+    """At the start of a run on a GPU, where kernels would be shorter than their launches."""
+    args, config, *_ = train.parse_args(flags)   # a grid of 8 x 8
+    model, order = Model(config), GlobalOrder(np.arange(2048), args.batch_size)
+    model.device = torch.device(device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    train.print_start(args, model, BuiltinShapes(32, 8), order, (2048, 0), "run", None)
+    assert ("too small a batch to fill a GPU" in capsys.readouterr().out) == said
