@@ -195,7 +195,7 @@ LAYOUTS = {key: IMAGES | {name: lines(header, *rows)}
     "flickr30k_tar": pictures("flickr30k-images/10<n>.jpg") | {
         "results_20130124.token": lines(None, "10<n>.jpg#<k>\t<caption>", each=5)},
     "karpathy": pictures("images/<n>_ab.jpg") | {"dataset_flickr8k.json": karpathy()},
-    "karpathy_filepath": pictures("val2014/<n>_ab.jpg") | {
+    "karpathy_filepath": pictures("val2014/<n>_ab.jpg") | pictures("thumbs/<n>_ab.jpg") | {
         "dataset_coco.json": karpathy(filepath="val2014")},
     "lavis": pictures("images/<n>.jpg") | {"annotations/flickr30k_train.json": json.dumps(
         [dict(image=f"images/{n:04d}.jpg", caption=[caption(n, k) for k in range(5)])
@@ -234,6 +234,9 @@ LAYOUTS = {key: IMAGES | {name: lines(header, *rows)}
     "two_caption_files_one_backup": KAGGLE | {"backup/captions.txt": FIVE},
     "partial_captions": FLAT | {
         "metadata.csv": lines("file_name,text", '<n>.png,"<caption>"', numbers=range(15))},
+    "two_that_overlap": FLAT | {
+        "captions.txt": lines("image,caption", '<n>.png,"<caption>"', numbers=range(20)),
+        "metadata.csv": lines("file_name,text", "<n>.png,another", numbers=range(10))},
     "partial_download": pictures("train/<n>.png") | {
         "metadata.csv": lines("file_name,text", 'train/<n>.png,"<caption>"')
         + lines(None, "test/<n>.png,of another picture", numbers=range(10))},
@@ -257,6 +260,7 @@ LAYOUTS = {key: IMAGES | {name: lines(header, *rows)}
     "sidecar_deep": pictures("a/<n>.png", "a/b/<n>.png", "c/d/e/<n>.png")
     | beside("a/<n>.txt", numbers=range(0, N, 3)) | beside("a/b/<n>.txt", numbers=range(1, N, 3))
     | beside("c/d/e/<n>.txt", numbers=range(2, N, 3)),
+    "sidecars_of_others": pictures("a/<n>.png", "b/<n>.png") | beside("a/<n>.txt"),
     # Classes
     "mnist_classes": digits("<digit>/<n>.png"),
     "mnist_split_classes": digits("train/<digit>/<n>.png", range(20))

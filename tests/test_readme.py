@@ -1,5 +1,7 @@
 """The README is true: its commands run, its flags exist, its line counts and links are right."""
 import ast
+import io
+import os
 import re
 import shlex
 import shutil
@@ -15,6 +17,7 @@ import evaluate
 import sample
 import train
 from conftest import ROOT, TINY, launch, make_pictures, train_run
+from data import CaptionedImages
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -27,7 +30,7 @@ ONE_STEP = [*TINY, "--batch-size", "4", "--max-steps", "1"]
 TINY_NETWORKS = [*ONE_STEP, "--preset", "tiny", "--workers", "0", "--val-fraction", "0.2",
                  "--text-encoder", "{clip}"]
 SHORT = {
-    "--data mnist": TINY_NETWORKS,
+    "--data mnist": TINY_NETWORKS[:-2],   # with the built-in text encoder
     "--init-unet": [*TINY_NETWORKS[:-2], "--no-pooled-text", "--pixel-unshuffle", "1"],
     "--data": [*TINY_NETWORKS, "--vae", "{vae}", "--pixel-unshuffle", "1"],
     "--resume": ["--max-steps", "2"],
@@ -91,7 +94,7 @@ def test_every_shell_command_runs(project, clip, vae):
 def test_the_notebook_block_runs(project):
     """The Python block, with fewer steps, trains, samples and ends in a picture, and gives the
     signals back, also after a run that failed."""
-    block, = [block for language, block in BLOCKS if language == "python"]
+    _, block = [block for language, block in BLOCKS if language == "python"]
     *lines, last = block.strip().splitlines()
     small = str(["--max-steps", "2", *TINY])
     code = "\n".join(lines).replace('["--max-steps", "200"]', small) + f"""
@@ -112,6 +115,36 @@ assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["captions", "labels"])
+def test_the_recipe_for_hugging_face(tmp_path, kind):
+    """The first Python block, as it stands, makes one .zip of a parquet file with five captions an
+    image, or of one with labels of greyscale images: all of it is read."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow.parquet
+    texts = [[f"caption {k} of {i}" for k in range(5)] for i in range(20)]
+    types = {f"caption_{k}": datasets.Value("string") for k in range(5)}
+    rows = [dict(zip(types, captions)) for captions in texts]
+    if kind == "labels":
+        types = dict(label=datasets.ClassLabel(names=["boot", "shirt"]))
+        rows, texts = [{"label": i % 2} for i in range(20)], 10 * [["boot"], ["shirt"]]
+    for i, row in enumerate(rows):
+        buffer = io.BytesIO()
+        Image.new("L" if kind == "labels" else "RGB", (28, 28), 9 * i).save(buffer, "PNG")
+        row["image"] = dict(bytes=buffer.getvalue(), path=None)
+    schema = datasets.Features(image=datasets.Image(), **types).arrow_schema
+    (tmp_path / "jxie" / "flickr8k").mkdir(parents=True)   # taken instead of the hub's
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema),
+                                tmp_path / "jxie" / "flickr8k" / "train-00000-of-00001.parquet")
+    recipe, _ = [block for language, block in BLOCKS if language == "python"]
+    done = subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120, env={**os.environ, "HF_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    source = CaptionedImages(tmp_path / "my_data.zip")
+    assert [source.captions(i) for i in range(20)] == texts
+    assert [source.image(i, 3, 8).getpixel((4, 4))[0] for i in range(20)] == [
+        9 * i for i in range(20)]
 
 
 def test_blocks_and_flags(monkeypatch, capsys):
