@@ -214,6 +214,8 @@ def archive_files(path):
         is_zip = file.read(2) == b"PK"
     with zipfile.ZipFile(path) if is_zip else tarfile.open(path, "r:") as archive:
         for file in archive.infolist() if is_zip else archive:
+            if not is_zip and file.size < 0:   # Python would go round for ever
+                raise ValueError(f"{file.name} has a negative size")
             if not is_zip and file.isreg() and not file.issparse():
                 yield file.name, file.offset_data, file.size, 0, 0, 0, 0
             elif is_zip and not file.is_dir():
@@ -221,6 +223,10 @@ def archive_files(path):
                     if not file.flag_bits & 0x800:
                         file.filename = file.filename.encode("cp437").decode()
                 yield file.filename, *(getattr(file, field) for field in PLACE)
+        if not is_zip:   # Python takes what it cannot read for the end
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(512) != bytes(512):
+                raise ValueError(f"damaged or cut off at byte {archive.offset:,}")
 
 
 @lru_cache(maxsize=64)
@@ -297,7 +303,8 @@ class Files:
 
 
 SPLITS = {"train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val",
-          "validation": "val", "dev": "val", "test": "test", "testing": "test"}
+          "validation": "val", "dev": "val", "test": "test", "testing": "test", "pred": "test",
+          "unlabeled": "test"}
 # Columns of tables and keys of JSON; of several that are there the first counts.
 IMAGE_KEYS = ("file_name", "filename", "image", "image_name", "image_path", "img", "img_path",
               "filepath", "file_path", "path", "file", "name", "image_id", "id", "key")
@@ -455,7 +462,8 @@ def read_json(lines, is_whole):
                 for note in content["annotations"]]
     lists = [rows for rows in content.values() if isinstance(rows, list) and rows
              and isinstance(rows[0], dict)]
-    return lists[0] if lists else [dict(image=k, caption=v) for k, v in content.items()]
+    return lists[0] if lists else [dict(image=k) | (v if isinstance(v, dict) else dict(caption=v))
+                                   for k, v in content.items()]
 
 
 def read_table(lines, find, wanted):
@@ -574,9 +582,10 @@ class CaptionedImages:
         if template is None or "{}" in template:
             source = Files(captions, "--captions") if captions else self.files
             tables, unread = self._read_tables(source, images, column)
-            if captions and not tables:
-                raise ValueError(f"--captions {captions}: no captions of the images of --data "
-                                 f"{path}: {unread or 'none is named'}; mend or drop it")
+            if (captions or column) and not tables:   # asked for, not to be passed over
+                what = f"--captions {captions}" if captions else f"--caption-column {column}"
+                raise ValueError(f"{what}: no captions of the images of --data {path}: "
+                                 f"{unread or 'none is named'}; mend or drop it")
         taken = choose(tables) or [self._class_table(images, template, unread)]
         texts, splits = {}, {}
         for table in taken:
@@ -758,8 +767,8 @@ def in_8_bits(values, mode):
     """Grey values of more bits as uint8: of [0, 1], [-1, 1], [0, 255] or [0, 65535]; what the range
     is can be told from the values, but those of 16-bit files always use all of theirs."""
     low, high = np.nanmin(values), np.nanmax(values)
-    if mode == "F" and high <= 1:
-        values = 255 * (values if low >= 0 else (values + 1) / 2)
+    if mode == "F" and high < 2:   # resizing may overshoot a little
+        values = 255 * (values if low > -0.25 else (values + 1) / 2)
     elif high > 255 or mode.startswith("I;"):
         values = values / 257
     return np.nan_to_num(values).round().clip(0, 255).astype(np.uint8)

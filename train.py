@@ -471,7 +471,7 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.is_scaled else 1.0)
         # Finished epochs; updates in all, in this epoch, up to the last log point.
         self.epoch = self.step = self.step_in_epoch = self.logged_step = 0
-        self.saved_step = None
+        self.saved_step = -1
         self.epoch_losses = []
         # This rank's part of the epoch's updates, and of those since the last log point: sums of
         # loss, gradient norm and their number.

@@ -228,6 +228,8 @@ LAYOUTS = {key: IMAGES | {name: lines(header, *rows)}
     "csv_no_header_tab": FLAT | {"captions.txt": lines(None, "<n>.png\t<caption>")},
     "captions_json_map": IMAGES | {"captions.json": json.dumps(
         {f"{n:04d}.png": caption(n) for n in range(N)})},
+    "kohya_meta": IMAGES | {"meta_cap.json": json.dumps(
+        {f"/scratch/me/images/{n:04d}": {"caption": caption(n)} for n in range(N)})},
     "both_csv_and_captions": IMAGES | {
         "captions.txt": lines("image,caption", '<n>.png,"<caption>"'),
         "metadata.csv": lines("file_name,text", "images/<n>.png,another", numbers=range(10))},

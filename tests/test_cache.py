@@ -183,7 +183,7 @@ def test_mistakes(flags, tmp_path):
             (["--vae", "none"], "--cache-latents.*: --vae none has no latents to cache.*"),
             (["--random-crop"], "--cache-latents.*: with --random-crop every visit has other.*"),
             (["--vae", broken], r"--cache-latents.*: image \d+\b.* not finite.*"),
-            (["--cache-latents", tmp_path / "file"], "--cache-latents: .*/file cannot be written .*")):
+            (["--cache-latents", tmp_path / "file"], "--cache-latents: .* cannot be written .*")):
         done = launch("train.py", *flags, "--runs", tmp_path / "runs", "--cache-latents", *more)
         line, = errors(done.stderr)
         assert done.returncode == 2 and re.fullmatch(f"error: {message}", line), done.stderr

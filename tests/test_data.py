@@ -173,7 +173,8 @@ TIFF = dict(format="TIFF")
     ("P", (40, 50, 60), dict(transparency=0), (255, 255, 255)),
     ("LA", (0, 0), {}, (255, 255, 255)), ("RGBA", (255, 0, 0, 51), {}, (255, 204, 204)),
     ("F", 0.3, TIFF, (76, 76, 76)), ("F", -0.4, TIFF, (76, 76, 76)), ("F", 77, TIFF, (77, 77, 77)),
-    ("I", 77, TIFF, (77, 77, 77)), ("I", 77 * 257, TIFF, (77, 77, 77)),
+    ("F", 1.01, TIFF, (255, 255, 255)), ("I", 77, TIFF, (77, 77, 77)),
+    ("I", 77 * 257, TIFF, (77, 77, 77)),
     pytest.param("RGB", (40, 50, 60), dict(format="AVIF"), (40, 50, 60), marks=pytest.mark.skipif(
         not features.check("avif"), reason="this Pillow has no AVIF"))])
 def test_kinds_of_pictures(mode, fill, options, expected):

@@ -7,6 +7,7 @@ import pytest
 
 from data import CaptionedImages, split_images
 from layouts import FIVE, FLAT, KAGGLE, LAYOUTS, N, caption, lines, packed, picture, pictures, write
+from test_data import run_python
 
 # Captions an image, where they are from, and what is left out; all images have their own captions.
 READ = {
@@ -33,6 +34,7 @@ READ = {
         1, "metadata.jsonl (caption; --caption-column text takes the other)", ""),
     "captions_jsonl": (1, "captions.jsonl", ""), "train_jsonl": (1, "train.jsonl", ""),
     "lavis": (5, "annotations/flickr30k_train.json", ""),
+    "kohya_meta": (1, "meta_cap.json", ""),
     "captions_json_map": (1, "captions.json", ""),
     "both_csv_and_captions": (1, "captions.txt", "1 other files, such as 'metadata.csv'"),
     "two_caption_files_one_backup": (5, "captions.txt", "1 other .* such as 'backup/captions.txt'"),
@@ -267,6 +269,18 @@ def test_caption_column(layouts, key, name):
         CaptionedImages(layouts / key, column="summary")
 
 
+@pytest.mark.parametrize("name, text", [
+    ("a.csv", "image,caption\nnothing.png,a dog\n"), ("a.jsonl", '{"file": 3}\n'), ("a.csv", None)])
+def test_captions_by_hand_are_not_passed_over(layouts, tmp_path, name, text):
+    """--captions of other images, of another kind, or not there, and --caption-column where there
+    are no captions files, are refused, never replaced by the class folders' names."""
+    if text:
+        write(tmp_path, {name: text})
+    for flag, value in (("captions", tmp_path / name), ("column", "caption")):
+        with pytest.raises(ValueError, match=f"^--caption.* {value}: no captions of the images "):
+            CaptionedImages(layouts / "mnist_classes", **{flag: value})
+
+
 # Names
 
 
@@ -323,6 +337,30 @@ def test_archives_are_the_folder_that_they_were_made_of(layouts, tmp_path, kind)
             shuffled = dict(sorted(files.items(), reverse=True))
             path = write(tmp_path / f"{key}.{kind}", shuffled)
             assert all_of(path) == all_of(layouts / key), key
+
+
+def test_damaged_tars_are_refused(tmp_path):
+    """A .tar with a damaged header, one that is cut off, or one whose sizes lead in a circle is
+    refused, not taken for a shorter one."""
+    whole = packed(pictures("<n>.png"), "tar")   # a header and a picture take 1,024 bytes
+    broken, circle = bytearray(whole), bytearray(whole)
+    broken[1024 + 148] ^= 1
+    circle[1024 + 124:1024 + 136] = b"\xff" * 10 + (-512 & 0xffff).to_bytes(2, "big")
+    circle[1024 + 148:1024 + 156] = b" " * 8
+    circle[1024 + 148:1024 + 156] = b"%06o\0 " % sum(circle[1024:1536])
+    for k, content in enumerate([broken, whole[:2048], whole[:2100], circle]):
+        (tmp_path / f"{k}.tar").write_bytes(content)
+    done = run_python("""
+import sys, data
+for path in sys.argv[1:]:
+    try:
+        print(len(data.CaptionedImages(path, "")))
+    except ValueError as error:
+        print("refused:", error)
+""", *sorted(tmp_path.iterdir()), timeout=60)
+    assert done.returncode == 0 and re.fullmatch(
+        "(refused: --data .* damaged or cut off at byte .*\n){3}refused: .* a negative size\n",
+        done.stdout), done.stdout + done.stderr
 
 
 def test_encrypted_members_are_named(tmp_path):

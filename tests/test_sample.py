@@ -17,7 +17,15 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from conftest import ROOT, TINY, Job, errors, launch, run_ok, train_run
 from data import counter_rng
-from models import PRESETS, ImageCodec, ModelConfig, TextEncoder, load_model
+from models import (
+    PRESETS,
+    ImageCodec,
+    ModelConfig,
+    TextEncoder,
+    builtin_tokenizer,
+    load_model,
+    vocabulary,
+)
 from sample import SAMPLERS, generate, guided_denoiser, make_grid, rescale_guidance, to_uint8
 from tiny_networks import make_vae
 
@@ -284,6 +292,16 @@ def test_builtin_text_encoder_is_always_the_same():
     features = first(captions)
     assert torch.equal(features, TextEncoder(config)(captions))
     assert len(features.unique(dim=0)) == 3 and torch.equal(features[0], features[1])
+
+
+def test_vocabulary_of_captions():
+    """It has every word once, as the tokenizer takes captions apart, and no more than 5,000."""
+    words = vocabulary(["A dog, a DOG's tail", "tail"])
+    assert words == ["'", ",", "a", "dog", "s", "tail"]
+    tokenizer = builtin_tokenizer(words)
+    assert tokenizer.unk_token_id not in tokenizer("A dog, a DOG's tail").input_ids
+    with pytest.raises(ValueError, match="^--text-encoder builtin: .* 5,001 different .* a CLIP"):
+        vocabulary(map(str, range(5001)))
 
 
 def test_grid_has_every_picture_and_caption():
