@@ -152,7 +152,7 @@ def test_blocks_and_flags(monkeypatch, capsys):
     help or belongs to another program."""
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
     others = {"--standalone", "--nproc_per_node", "--max-restarts", "--local-addr", "--logdir",
-              "--use_ema"}
+              "--use_ema", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     for parse in (train.parse_args, sample.parse_args, evaluate.parse_args):
         with pytest.raises(SystemExit):
