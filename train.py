@@ -387,17 +387,23 @@ class UnreadableImages:
 # Networks and state
 
 
+def cache_place(args):
+    """Where latent caches are made. Raises: ValueError where it cannot be written, before anything
+    that takes long."""
+    place = Path(args.cache_latents or Path(args.data).resolve().parent)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ValueError(f"--cache-latents: {place} cannot be written ({error}); name a folder: "
+                         "--cache-latents DIR") from None
+    return place
+
+
 def latent_loader(args, model, source, workers):
     """image_loader's counterpart, with latents that are encoded once. The cache folder's name is a
     hash of all that they depend on, so that one that is found fits."""
-    codec, config = model.codec, model.config
-    parent = Path(args.cache_latents or Path(args.data).resolve().parent)
-    try:   # before anything that takes long
-        parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ValueError(f"--cache-latents: {parent} cannot be written ({error}); name a folder: "
-                         "--cache-latents DIR") from None
+    codec, config, parent = model.codec, model.config, cache_place(args)
     images = data.content_hashes(source.content, len(source))
     made_of = dict(images=data.hash_of(images), vae=data.hash_of_weights(codec.vae), crop="centre",
                    resolution=config.resolution, flips=1 + args.flip, scale=codec.scale,

@@ -103,6 +103,7 @@ class TriedState(train.TrainingState):
 def blank_latents(args, model, source, workers):
     """Says what encoding all images will take, told from 16 of them, and gives blank latents, so
     that steps are measured as they will be with the cache."""
+    folder = train.cache_place(args)
     load, numbers = data.image_loader(source, model.config), np.arange(len(source))
     images = torch.from_numpy(np.stack(
         [data.first_readable(load, numbers, i)[1]["image"] for i in numbers[:16]]))
@@ -114,8 +115,7 @@ def blank_latents(args, model, source, workers):
     blank = np.zeros((2, *model.codec.latent_shape), np.float16)
     views = len(source) * (1 + args.flip)
     size, hours = views * blank.nbytes, views * seconds / dist.get_world_size() / 3600
-    folder = Path(args.cache_latents or Path(args.data).parent).absolute()
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    free = shutil.disk_usage(folder).free
     report("latent cache", is_finite and free > size,
            f"{size / 2**30:.3g} GiB, {free / 2**30:.1f} GiB are free; made once, in {hours:.2f} h, "
            "unless it is there already")
