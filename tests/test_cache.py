@@ -165,7 +165,8 @@ def test_a_killed_cache_is_continued(flags, pictures, tmp_path):
     with ExitStack() as stack:
         jobs = [stack.enter_context(Job(folder, *flags, processes=1)) for folder in folders[1:]]
         for job in jobs:
-            assert job.process.wait(200) == 0 and "caching latents" in job.text(), job.text()
+            assert job.process.wait(200) == 0, job.text()
+        assert any("caching latents" in job.text() for job in jobs)   # both, if no one is late
     made = [path for path in files(pictures) if path.suffix == ".npy"]
     assert len(made) == 63 and all(path.stat().st_mtime_ns == at for path, at in done.items())
     latents = np.concatenate([np.load(path) for path in made])
