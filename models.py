@@ -346,19 +346,20 @@ class TextEncoder(nn.Module):
         self.float().requires_grad_(False).eval()       # whatever dtype the weights were stored in
 
     def remember(self, captions, most_bytes=None, batch_size=256):
-        """Encode the different captions, and the empty one, once: from now on they are looked up in
-        half precision. Does nothing where this would take more than `most_bytes`: by default a
-        fifth of a GPU's memory, where Flickr8k's 40,000 fit, or half a GiB."""
+        """Encode the different captions, and the empty one, once: from now on they are looked up.
+        In half precision where they fit into `most_bytes` in no other: by default a fifth of a
+        GPU's memory (for Flickr8k's 40,000) or a GiB. Does nothing where they do not fit at all."""
         if most_bytes is None:
             gpu = self.clip.device if self.clip.device.type == "cuda" else None
-            most_bytes = torch.cuda.get_device_properties(gpu).total_memory // 5 if gpu else 2**29
+            most_bytes = torch.cuda.get_device_properties(gpu).total_memory // 5 if gpu else 2**30
         distinct, most = {"": None}, most_bytes // (2 * self.token_length * self.width)
         for caption in captions:
             distinct[caption] = None
             if len(distinct) > most:
                 return
         distinct = list(distinct)
-        self.features = torch.cat([self(distinct[start:start + batch_size]).half()
+        dtype = torch.float16 if 2 * len(distinct) > most else torch.float32
+        self.features = torch.cat([self(distinct[start:start + batch_size]).to(dtype)
                                    for start in range(0, len(distinct), batch_size)])  # (N, L, D)
         self.rows = {caption: row for row, caption in enumerate(distinct)}
 

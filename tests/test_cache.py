@@ -201,7 +201,9 @@ def test_captions_encoded_once(clip):
     encoder.remember(captions[:3], most_bytes=1000)
     assert len(calls) == 6 and not encoder.rows
     encoder.remember(captions[:5], batch_size=4)
-    assert len(calls) == 6 + 2
+    assert len(calls) == 6 + 2 and torch.equal(encoder(captions[::-1]), alone.flip(0))
+    half = 6 * 2 * encoder.features[0].numel()   # bytes: there is room for all in half precision
+    encoder.remember(captions[:5], most_bytes=half)
     assert encoder.features.dtype == torch.half and encoder(captions).dtype == torch.float32
     torch.testing.assert_close(encoder(captions[::-1]), alone.flip(0), rtol=1e-3, atol=1e-3)
     assert len(calls) == 6 + 2

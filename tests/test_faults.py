@@ -188,9 +188,9 @@ def test_disk_full_then_read_only_then_folder_removed(tmp_path, flags):
               "Read-only": (read_only, "umount -l disk/run view"),
               "epoch": ("mv disk/run disk/gone", "")}
     try:
-        with Job(tmp_path, *flags, "--epochs", 1000, "--keep-last", 2, "--folder", run,
+        with Job(tmp_path, *flags, "--epochs", 1000, "--keep-last", 1, "--folder", run,
                  processes=1) as job:
-            job.until(lambda: len(checkpoints(run)) > 1)
+            job.until(lambda: checkpoints(run))
             for message, (fault, repair) in faults.items():
                 shell(fault)
                 job.until(lambda: message in job.text())

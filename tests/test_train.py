@@ -505,7 +505,7 @@ def test_a_mistake_is_said_once(tmp_path, processes, code):
     """Rank 0 says it in one line, nobody hangs, and only torchrun shows a traceback."""
     done = launch("train.py", "--data", "igloo", processes=processes, cwd=tmp_path, timeout=90)
     assert re.findall("^error: .*", done.stderr, re.MULTILINE) == [
-        "error: --data igloo: no such folder or .zip file"]
+        f"error: --data {tmp_path}/igloo: no such folder, .zip or .tar"]
     assert done.returncode == code and done.stderr.count("Traceback") == processes - 1
 
 
