@@ -801,8 +801,8 @@ def main(argv=None):
         config = replace(config, builtin_words=models.vocabulary(source.texts))
     train_images, val_images = data.split_images(source, args.val_fraction)
     order = data.GlobalOrder(train_images, args.batch_size, args.accumulation, args.seed)
-    shown = (val_images if len(val_images) else train_images)[:16]
-    prompts = args.sample_prompts or [source.captions(i)[0] for i in shown]
+    shown = np.array_split(val_images if len(val_images) else train_images, 16)   # of all classes
+    prompts = args.sample_prompts or [source.captions(part[0])[0] for part in shown if len(part)]
 
     # The frozen networks, and the UNet that is trained: the same first weights on every rank.
     torch.manual_seed(args.seed)
