@@ -395,14 +395,15 @@ def test_preflight_reads_time_as_slurm_does(slurm, tmp_path, form):
 
 
 def test_preflight_says_what_a_cached_run_will_take(vae, flags, tmp_path):
-    """Preflight of one process tells the size of the cache, and leaves neither it nor a run."""
+    """Preflight of one process tells the size of the cache, and leaves neither it nor a run, but
+    the empty folders where they will lie, as it has tried to write there."""
     done = run_ok("slurm/preflight.py", *flags, "--vae", vae, "--pixel-unshuffle", 1,
                   "--flip", "--cache-latents", tmp_path / "latents", cwd=tmp_path)
     said, failed = checks(done.stdout)
     assert (list(said), failed) == (CHECKS[:4] + ["latent cache"] + CHECKS[4:], [])
     size = float(re.match(r"(\S+) GiB", said["latent cache"])[1])
     assert size * 2**30 == pytest.approx(24 * 2 * 2 * 4 * 8 * 8 * 2, rel=0.01)
-    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "latents", tmp_path / "runs"]
 
 
 def test_preflight_of_two_processes(flags, tmp_path):
