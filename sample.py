@@ -229,7 +229,7 @@ def make_grid(pictures, captions=None, columns=None, cell=None):
     cell = cell or side * max(1, round(128 / side))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows, gap, line, font = math.ceil(len(pictures) / columns), 8, 14, caption_font(12)
-    wrapped = [textwrap.wrap(caption, max(5, cell // 6), max_lines=4, placeholder=" ...")
+    wrapped = [textwrap.wrap(caption, max(5, cell // 7), max_lines=4, placeholder=" ...")
                for caption in captions or [""] * len(pictures)]
     # From one picture to the next.
     right, down = cell + gap, cell + gap + line * max(map(len, wrapped), default=0)
