@@ -8,6 +8,7 @@ eight see the same samples with the same noise. The last section is about proces
 Images leave this file as uint8 (B, H, W, c); `to_unit_range` makes them (B, c, H, W) in [-1, 1] on
 the device.
 """
+import argparse
 import atexit
 import csv
 import errno
@@ -1147,6 +1148,24 @@ def amp_dtype(choice, device):
         raise ValueError("--amp auto: means bfloat16 on some of these GPUs and float16 on others; "
                          "add --amp fp16, or ask for GPUs of one kind")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default that is a value."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are said like all others: once, from rank 0."""
+
+    def __init__(self, description, **more):
+        super().__init__(description=description, usage="%(prog)s [flags]",
+                         formatter_class=HelpFormatter, **more)
+
+    def error(self, message):
+        raise ValueError(f"{message}; {self.prog} --help lists the flags")
 
 
 LOST = "(Dist.*Error|gloo|NCCL|pair closure|closed by peer)"

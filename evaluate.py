@@ -15,7 +15,6 @@ Picture i is a function of the seed, prompt i and i alone, so neither the batch 
 of processes changes a figure. Every rank adds up float64 sums over its own pictures; after one
 all-reduce all ranks compute the same figures.
 """
-import argparse
 import json
 import math
 import os
@@ -32,6 +31,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 import data
 from data import BACKGROUNDS, COLOURS, SCENES, SHAPES, SIZES, gather, hash_of, interleave
@@ -88,7 +88,6 @@ class Clip:
     name, frechet = "clip", "clip-fd"
 
     def __init__(self, name, device):
-        from transformers import CLIPModel, CLIPProcessor
         network = load_whole(CLIPModel, name, "clip", "--clip-model")
         load = CLIPProcessor.from_pretrained
         self.processor = load_pretrained(load, name, "clip", "--clip-model")
@@ -411,11 +410,30 @@ def choose_metrics(args):
     return [name for name in METRICS if name in chosen]
 
 
+def leave_out(task, args):
+    """Leave out, with a note, a Frechet distance chosen by default that the number of pictures does
+    not allow. Raises: ValueError where --metrics asked for it."""
+    count, dims = task.reference.count, dict(fid=int(args.inception_layer))
+    if "clip-fd" in task.metrics:
+        found = load_pretrained(CLIPConfig.from_pretrained, args.clip_model, "clip", "--clip-model")
+        dims["clip-fd"] = found.projection_dim
+    for name, dim in dims.items():
+        if name in task.metrics and min(task.count, count) < dim:
+            # Of fewer pictures than dimensions the covariance is singular.
+            reason = (f"--metrics {name}: {task.count} pictures, a reference of {count}: below the "
+                      f"{dim} dimensions of the features; use kid, or --reference all and more "
+                      "--num-images")
+            if args.metrics:
+                raise ValueError(reason)
+            task.metrics.remove(name)
+            if dist.get_rank() == 0:
+                print(f"left out: {reason}")
+
+
 @torch.no_grad()
 def load_networks(task, args, device):
     """Load the feature networks that the metrics need, and the reference's statistics; returns what
-    these are made of. A Frechet distance chosen by default that the number of pictures does not
-    allow is left out with a note. Raises: ValueError where --metrics asked for it."""
+    these are made of."""
     made_of, networks, count = {}, [], task.reference.count
     if {"fid", "kid"} & set(task.metrics):
         networks.append(Inception(args.inception_layer, args.inception_weights, device))
@@ -423,16 +441,6 @@ def load_networks(task, args, device):
         networks.append(Clip(args.clip_model, device))
     pictures = task.reference.hash() if networks else None
     for network in networks:
-        name, fewest = network.frechet, min(task.count, count)
-        if name in task.metrics and fewest < network.dim:
-            # Of fewer pictures than dimensions the covariance is singular.
-            reason = (f"--metrics {name}: {task.count} pictures, a reference of {count}: below the "
-                      f"{network.dim} dimensions of the features; use kid or more images")
-            if args.metrics:
-                raise ValueError(reason)
-            task.metrics.remove(name)
-            if dist.get_rank() == 0:
-                print(f"left out: {reason}")
         made_of[network.name] = network.settings | dict(pictures=pictures, count=count)
         statistics = FeatureStatistics(network.dim, device)
         batches = task.reference.batches(args.batch_size)
@@ -503,7 +511,7 @@ def print_results(results):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Judge a model's pictures, or those of a folder.")
+    parser = data.Parser("Judge a model's pictures, or those of a folder.")
     group = parser.add_argument_group("judging")
     judged = group.add_mutually_exclusive_group(required=True)
     judged.add_argument("--checkpoint", help="a run folder (its newest checkpoint) or a file")
@@ -512,16 +520,16 @@ def parse_args(argv=None):
     add("--data", help="source of prompts and reference, see train.py (default: the model's)")
     add("--val-fraction", type=float, help="(default: as in training; with --images 1)")
     add("--reference", choices=("validation", "training", "all"), default="validation",
-        help="which of the data's images to compare with (default: %(default)s)")
+        help="which of the data's images to compare with")
     add("--resolution", type=int, help="with --images: side in pixels to which all are scaled")
     add("--num-images", type=int, help="to draw (default: 1000 for accuracy alone, else 5000)")
     add("--guidance-scales", type=float, nargs="+", default=[DEFAULTS["guidance_scale"]],
-        metavar="S", help="judge the model at each of these (default: %(default)s)")
+        metavar="S", help="judge the model at each of these")
     add("--metrics", nargs="+", choices=METRICS, help="(default: what suits the data)")
     add("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download)")
     add("--inception-layer", choices=("64", "192", "768", "2048"), default="2048",
         help="width of the features; those below 2048 need fewer images, but give other figures")
-    add("--clip-model", default="openai/clip-vit-large-patch14", help="(default: %(default)s)")
+    add("--clip-model", default="openai/clip-vit-large-patch14", help="of CLIP score and clip-fd")
     add("--output", type=Path, help="the results' parent folder (default: beside what is judged)")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
@@ -581,6 +589,7 @@ def main():
     args.num_images = args.num_images or (1000 if metrics == ["accuracy"] else 5000)
     prompts, scenes, reference = builtin_data(args) if builtin else captioned_data(args, run)
     task = Task(metrics, args.num_images, prompts, scenes, reference)
+    leave_out(task, args)
     networks = load_networks(task, args, device)
     args.metrics = task.metrics
     path, record = open_record(args, stem, judged=judged, networks=networks, dtype=str(dtype),

@@ -28,9 +28,30 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+# Betas of the forward process, (T,) float64
+
+
+def linear(T):
+    """Ho et al. 2020, section 4."""
+    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+
+
+def scaled_linear(T):
+    """Linear in sqrt(beta), as in Stable Diffusion (Rombach et al. 2022, code)."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
+
+
+def cosine(T):
+    """Nichol & Dhariwal 2021, Eq. 17, clipped at 0.999."""
+    s = (torch.linspace(0, 1, T + 1, dtype=torch.float64) + 0.008) / 1.008
+    f = torch.cos(s * torch.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+BETA_SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine}
+
 # Configuration
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -116,24 +137,6 @@ PRESETS = {
 # Noise schedule
 
 
-def make_betas(beta_schedule, num_train_timesteps):
-    """Betas of the forward process, (T,) float64.
-
-    linear: Ho et al. 2020, section 4. scaled_linear: linear in sqrt(beta), as in Stable Diffusion
-    (Rombach et al. 2022, code). cosine: Nichol & Dhariwal 2021, Eq. 17, clipped at 0.999.
-    """
-    T = num_train_timesteps
-    if beta_schedule == "linear":
-        return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    if beta_schedule == "scaled_linear":
-        return torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
-    if beta_schedule != "cosine":
-        raise ValueError(f"--beta-schedule {beta_schedule}: use {' or '.join(BETA_SCHEDULES)}")
-    s = (torch.linspace(0, 1, T + 1, dtype=torch.float64) + 0.008) / 1.008
-    f = torch.cos(s * torch.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-
-
 def rescale_zero_terminal_snr(alphas_cumprod):
     """Shift and scale sqrt(alpha_bar) so that its last value is 0 and its first stays:
     Lin et al. 2024, Algorithm 1."""
@@ -150,7 +153,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, config, device="cpu"):
-        betas = make_betas(config.beta_schedule, config.num_train_timesteps)
+        betas = BETA_SCHEDULES[config.beta_schedule](config.num_train_timesteps)
         self.on_cpu = (1 - betas).cumprod(0)
         if config.zero_terminal_snr:
             self.on_cpu = rescale_zero_terminal_snr(self.on_cpu)
@@ -285,15 +288,22 @@ def load_whole(kind, name, subfolder, flag):
     return model
 
 
-def vocabulary(captions, most=5000):
-    """All words of the captions, as the built-in tokenizer takes them apart, sorted. Raises:
-    ValueError where they are too many for its random features."""
-    split = pre_tokenizers.Whitespace().pre_tokenize_str
+def with_words(config, captions, most=5000):
+    """The config with the vocabulary of --text-encoder builtin: the words that it has already or
+    all of the captions, as its tokenizer takes them apart. Raises: ValueError where it has some,
+    but not all, or where they are too many for random features."""
+    if config.text_encoder != "builtin":
+        return config
+    split, known = pre_tokenizers.Whitespace().pre_tokenize_str, config.builtin_words
     words = sorted({word for caption in captions for word, _ in split(caption.lower())})
+    if known and (unknown := [word for word in words if word not in known]):
+        raise ValueError(f"--init-from: its text encoder lacks {len(unknown)} words of these "
+                         f"captions: {', '.join(unknown[:9])} ...; start from nothing, or from a "
+                         "run on captions that have them")
     if len(words) > most:
         raise ValueError(f"--text-encoder builtin: the captions have {len(words):,} different "
                          f"words, over {most:,}; name a CLIP text model")
-    return words
+    return replace(config, builtin_words=known or words)
 
 
 def builtin_tokenizer(words):
@@ -478,7 +488,7 @@ def read_pipeline(name, config):
                       "give its --token-length, --beta-schedule and --prediction-type")
         return said
     kind = noise.get("beta_schedule", "").replace("squaredcos_cap_v2", "cosine")
-    ours = make_betas(kind, 1000)[[0, -1]]
+    ours = BETA_SCHEDULES.get(kind, cosine)(1000)[[0, -1]]
     theirs = ours.new_tensor([noise.get("beta_start", 0), noise.get("beta_end", 0)])
     if kind != "cosine" and not theirs.allclose(ours):
         raise ValueError(f"--init-unet {name}: its betas end at {theirs.tolist()}, not at those of "
@@ -490,10 +500,13 @@ def read_pipeline(name, config):
         token_length=tokenizer.model_max_length)
 
 
-def load_unet_weights(unet, name):
-    """Copy the weights of that UNet into ours."""
-    found = load_pretrained(unet.from_pretrained, name, "unet", "--init-unet", **NO_ACCELERATE)
-    unet.load_state_dict(found.state_dict())
+def load_first_weights(unet, payload, name):
+    """Copy the averaged weights of a checkpoint, or those of a diffusers UNet, into ours."""
+    if payload:
+        load_weights(unet, payload["ema"])
+    elif name:
+        found = load_pretrained(unet.from_pretrained, name, "unet", "--init-unet", **NO_ACCELERATE)
+        unet.load_state_dict(found.state_dict())
 
 
 def apply_unet(unet, config, x_t, t, text_emb):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import models
 from data import amp_dtype, counter_rng, gather, interleave, rank_batches, run_main, setup_processes
-from models import Model, apply_unet, check_ranges, load_model, make_betas, require
+from models import BETA_SCHEDULES, Model, apply_unet, check_ranges, load_model, require
 
 # Samplers
 
@@ -281,10 +281,13 @@ def export_pipeline(model, folder, sampler="ddim"):
             (codec.is_pixel_space, "the model draws pixels; train with --vae"),
             (config.pooled_text, "it has no input for pooled text; train with --no-pooled-text"),
             (getattr(codec, "shift", 0), "it ignores the VAE's shift_factor; use another --vae"),
-            (sampler not in ("ddim", "dpm++"), "it has no other --sampler than ddim and dpm++")):
+            (sampler not in ("ddim", "dpm++"), "it has no other --sampler than ddim and dpm++"),
+            (not isinstance(model.unet, models.UNet2DConditionModel), "the network is of your own"),
+            (config.beta_schedule not in ("linear", "scaled_linear", "cosine"),
+             f"it has no --beta-schedule {config.beta_schedule}")):
         if wrong:
             raise ValueError(f"--export {folder}: not for StableDiffusionPipeline: {reason}")
-    betas = make_betas(config.beta_schedule, config.num_train_timesteps)
+    betas = BETA_SCHEDULES[config.beta_schedule](config.num_train_timesteps)
     kind = "squaredcos_cap_v2" if config.beta_schedule == "cosine" else config.beta_schedule
     scheduler = DPMSolverMultistepScheduler(
         config.num_train_timesteps, betas[0].item(), betas[-1].item(), beta_schedule=kind,
@@ -308,21 +311,21 @@ def add_sampling_flags(parser):
     """The flags that say how pictures are drawn, with generate()'s defaults; evaluate.py's too."""
     parser.set_defaults(**{name: DEFAULTS[name] for name in SAMPLING_FLAGS})
     add = parser.add_argument_group("sampling").add_argument
-    add("--sampler", choices=SAMPLERS, help="dpm++ is DPM-Solver++ 2M (default: %(default)s)")
-    add("--steps", type=int, help="network evaluations per picture (default: %(default)s)")
+    add("--sampler", choices=SAMPLERS, help="dpm++ is DPM-Solver++ 2M")
+    add("--steps", type=int, help="network evaluations per picture")
     add("--guidance-rescale", type=float, help="phi of Lin et al. 2024, 0 (off) to 1")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only at such t / T (default: all)")
-    add("--eta", type=float, help="DDIM's eta, 0 (deterministic) to 1 (default: %(default)s)")
+        help="guide only at such t / T")
+    add("--eta", type=float, help="DDIM's eta, 0 (deterministic) to 1")
     add("--negative-prompt", help="guide away from this text instead of the empty caption")
-    add("--seed", type=int, help="picture i is a function of the seed and i (default: %(default)s)")
-    add("--batch-size", type=int, help="pictures at a time on each process (default: %(default)s)")
-    add("--weights", choices=("ema", "raw"), default="ema", help="(default: %(default)s)")
+    add("--seed", type=int, help="picture i is a function of the seed and i")
+    add("--batch-size", type=int, help="pictures at a time on each process")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged, or as trained last")
     add("--vae", metavar="PLACE", help="where the VAE is, if not where it was in training")
     add("--text-encoder", metavar="PLACE", help="likewise; its weights must be those of training")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype")
     add("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs, if any")
 
 
 def sampling_settings(args):
@@ -331,14 +334,14 @@ def sampling_settings(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Draw pictures for prompts with a trained model.")
+    parser = data.Parser("Draw pictures for prompts with a trained model.")
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a file")
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
     add("--prompt-file", help="a text file with one prompt per line; -: standard input")
-    add("--images-per-prompt", type=int, default=1, metavar="N")
+    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt")
     add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"],
-        help="s in uncond + s (cond - uncond); 1 is off (default: %(default)s)")
+        help="s in uncond + s (cond - uncond); 1 is off")
     add("--guidance-scales", type=float, nargs="+", default=[], metavar="S",
         help="also draw one sheet of all prompts, each with these scales")
     add("--steps-strip", action="store_true", help="also draw the first picture's way from noise")

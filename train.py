@@ -22,6 +22,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -37,6 +38,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import data
@@ -61,9 +63,19 @@ def number_or_none(text):
     return None if text == "none" else float(text)
 
 
+def preset_values():
+    """The presets' defaults, for --help."""
+    paragraphs = ["defaults of the presets, which their flags override:"]
+    for preset, config in PRESETS.items():
+        values = {name: getattr(config, name) for name in MODEL_FLAGS}
+        values |= TRAINING_DEFAULTS.get(preset, {})
+        text = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
+        paragraphs.append(textwrap.fill(f"{preset}: {text}", 96, break_on_hyphens=False))
+    return "\n\n".join(paragraphs)
+
+
 def make_parser():
-    parser = argparse.ArgumentParser(description="Train a text-to-image latent diffusion model.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = data.Parser("Train a text-to-image latent diffusion model.", epilog=preset_values())
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="folder, .zip or .tar files of captioned images; shapes: "
         "built in")
@@ -82,6 +94,8 @@ def make_parser():
     title = "model (kept in the checkpoint; defaults from the preset)"
     add = parser.add_argument_group(title).add_argument
     add("--preset", choices=PRESETS, help="not given: standard, tiny for shapes")
+    add("--init-from", metavar="RUN", help="start from a run folder's or checkpoint's model, with "
+        "its averaged weights")
     add("--init-unet", metavar="NAME", help="a diffusers UNet or pipeline to start from; give "
         "its --text-encoder and --vae")
     for name, option in MODEL_FLAGS.items():
@@ -93,20 +107,21 @@ def make_parser():
 
 def add_training_flags(parser):
     add = parser.add_argument_group("optimization (defaults from the preset)").add_argument
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="how often every image is visited")
     add("--batch-size", type=int, help="images per optimizer update, over all processes")
     add("--accumulation", type=int, default=1, help="micro-batches per update")
     add("--lr", type=float, help="AdamW's peak learning rate")
     add("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
     add("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: in the last fifth")
-    add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"))
-    add("--weight-decay", type=float, default=0.01)
+    add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"),
+        help="AdamW's averages of the gradient and of its square")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; inf: never")
     add("--min-snr-gamma", type=number_or_none, default=5.0, help="upper clamp of the SNR, the x_0 "
         "error's weight (Hang et al. 2023); none for both: the simple loss (Ho et al. 2020)")
     add("--snr-floor", type=number_or_none, help="lower clamp (Salimans & Ho 2022)")
-    add("--ema-decay", type=float, default=0.9999)
-    add("--seed", type=int, default=0)
+    add("--ema-decay", type=float, default=0.9999, help="of the weights' moving average")
+    add("--seed", type=int, default=0, help="of first weights, order, timesteps and noise")
     add = parser.add_argument_group("system").add_argument
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="auto: bf16, on older GPUs fp16; off on CPUs")
@@ -114,7 +129,7 @@ def add_training_flags(parser):
     add("--gradient-checkpointing", **SWITCH, help="recompute activations to save memory")
     add("--bf16-gradients", **SWITCH, help="average gradients over processes in bfloat16: half the "
         "traffic between nodes")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs, if any")
     add = parser.add_argument_group("run").add_argument
     add("--resume", metavar="RUN", help="go on from a run folder or checkpoint, with its flags")
     add("--runs", default="runs", help="where run folders are made")
@@ -135,9 +150,9 @@ def add_training_flags(parser):
 
 
 def parse_args(argv=None):
-    """(args, ModelConfig, checkpoint payload or None, its path or None). Flags given by hand win
-    over those of a resumed run, and these over the preset's defaults; a resumed run's model and
-    sample order cannot be changed."""
+    """(args, ModelConfig, payload of the checkpoint to start from or None, its path if the run is
+    resumed). Flags given by hand win over those of a resumed run, and these over the preset's
+    defaults; a resumed run's model and sample order cannot be changed."""
     parser = make_parser()
     first = parser.parse_args(argv)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
@@ -155,34 +170,42 @@ def parse_args(argv=None):
         # Older versions had more flags.
         parser.set_defaults(**{k: value for k, value in payload["args"].items() if k in first})
     else:
-        preset = first.preset or ("tiny" if data.is_builtin(first.data) else "standard")
-        parser.set_defaults(preset=preset, **TRAINING_DEFAULTS[preset])
+        if first.init_from:
+            payload, _ = models.load_checkpoint(first.init_from)
+        suited = "tiny" if data.is_builtin(first.data) else "standard"
+        preset = payload["args"]["preset"] if payload else first.preset or suited
+        require(first.preset in (None, preset), first, "preset", f"--init-from has {preset}")
+        parser.set_defaults(preset=preset)
+        # A preset of your own needs none.
+        parser.set_defaults(**TRAINING_DEFAULTS.get(preset, TRAINING_DEFAULTS["standard"]))
     args = parser.parse_args(argv)
     for name in ("data", "captions"):   # a run goes on from any folder
         if getattr(args, name) and not data.is_builtin(getattr(args, name)):
             setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
-    if payload:
+    if path:
         # These two are places: that their weights are the same is checked when they are loaded.
         config = models.config_of(payload, vae=first.vae, text_encoder=first.text_encoder)
         stored = payload["args"] | asdict(config)
-        for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", *MODEL_FLAGS):
+        for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", "init_from",
+                     *MODEL_FLAGS):
             require(getattr(args, name) in (None, stored.get(name)), args, name, f"the checkpoint "
                     f"{path} has {stored.get(name)}; leave the flag out, or start a new run")
     else:
-        config = make_config(args)
+        config = make_config(args, payload)
         check_schedule(config)
-    check_args(args, config, payload)
+    check_args(args, config, payload["epoch"] if path else 1)
     return args, config, payload, path
 
 
-def check_args(args, config, payload):
+def check_args(args, config, epochs):
     """Raises: ValueError for a value out of its range, or two flags that exclude each other."""
     check_ranges(
-        args, epochs=max(1, payload["epoch"]) if payload else 1, accumulation=1, seed=0, workers=0,
+        args, epochs=max(1, epochs), accumulation=1, seed=0, workers=0,
         save_every=1, keep_last=1, log_every=1, keep_every=0, sample_every=0, max_steps=1,
         save_minutes=0, time_limit=0, lr=0, warmup_steps=0, weight_decay=0, snr_floor=0,
         min_snr_gamma=args.snr_floor or 0.01, max_grad_norm=1e-6, max_bad_images=(0, 1),
         val_fraction=(0, 0.99), ema_decay=(0, 0.999999), sample_guidance=(0, 100))
+    require(not (args.init_from and args.init_unet), args, "init_from", "or --init-unet, not both")
     if args.cache_latents is not None:
         require(config.vae != "none", args, "cache_latents", "--vae none has no latents to cache")
         require(not args.random_crop, args, "cache_latents", "with --random-crop "
@@ -201,18 +224,22 @@ def check_schedule(config):
             "v_prediction or sample, or another --beta-schedule")
 
 
-def make_config(args):
-    """The preset with the given model flags and what --init-unet says of itself."""
+def make_config(args, payload):
+    """The preset with the given model flags, and what --init-unet or --init-from, whose payload it
+    is, says of itself."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
     config = replace(PRESETS[args.preset], **given)
     if args.init_unet:
         said = models.read_pipeline(args.init_unet, config)
-        said["resolution"] = args.resolution or said["resolution"]   # a UNet can draw at any size
-        for name, value in said.items():
-            require(given.get(name, value) == value, args, name,
-                    f"the pipeline of --init-unet has {value}; leave the flag out")
-        config = replace(config, **said)
-    if config.text_encoder != "builtin":
+    elif payload:
+        said = asdict(models.config_of(payload, vae=args.vae, text_encoder=args.text_encoder))
+    else:
+        said = {}
+    for name, value in said.items():   # a UNet can draw at any size
+        require(given.get(name, value) == value or name in ("resolution", "caption_dropout"), args,
+                name, f"the model to start from has {value}; leave the flag out")
+    config = replace(config, **said | given)
+    if config.text_encoder != "builtin" or config.builtin_words:
         return config
     if data.is_builtin(args.data):
         return replace(config, builtin_words=data.VOCABULARY)
@@ -445,6 +472,8 @@ def prepare_network(args, unet, device):
     it in DDP, which averages gradients over them in the backward pass."""
     if args.gradient_checkpointing:   # there is no dropout, so no random state to bring back
         keep_no_state = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        require(hasattr(unet, "enable_gradient_checkpointing"), args, "gradient_checkpointing",
+                "the network has none")
         unet.enable_gradient_checkpointing(keep_no_state)
         torch._dynamo.config.optimize_ddp = False   # PyTorch 2.7 cannot cut such a compiled network
     if args.compile:
@@ -623,8 +652,8 @@ def take_over(folder):
     return lock
 
 
-def open_run_folder(folder, record, step):
-    """(SummaryWriter, lock) of the run folder, for the main rank."""
+def open_run_folder(folder, record, step, start):
+    """(SummaryWriter, lock) of the run folder, for the main rank; start: see print_start."""
     lock = take_over(folder)
     # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
     threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
@@ -633,7 +662,13 @@ def open_run_folder(folder, record, step):
     writer = SummaryWriter(folder, purge_step=step + 1)
     text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
     models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
-    writer.add_text("config", "    " + text.replace("\n", "\n    "), step)
+    for title, shown in dict(start=start, config=text).items():
+        writer.add_text(title, "    " + shown.replace("\n", "\n    "), step)
+    # Runs side by side in a table; flags that are neither text nor number are written as text.
+    flags = {name: value if isinstance(value, (str, int, float)) else str(value)
+             for name, value in record["args"].items()}
+    for summary in hparams(flags, {"epoch/loss": 0.0, "epoch/validation_loss": 0.0}):
+        writer.file_writer.add_summary(summary)
     return writer, lock
 
 
@@ -655,7 +690,8 @@ def tolerate(fault, what, writer=None):
 
 
 def print_start(args, model, source, order, counts, folder, dtype):
-    """What runs where, and what was understood; `counts`: training and validation images."""
+    """Print, and return, what runs where and what was understood; `counts`: training and validation
+    images."""
     device, config, is_gpu = model.device, model.config, model.device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
     devices = data.gather(f"{device} ({name}) on {os.uname().nodename}")
@@ -677,10 +713,12 @@ def print_start(args, model, source, order, counts, folder, dtype):
     positions = order.micro_batch * np.prod(model.codec.latent_shape[1:])
     if is_gpu and positions < 2**16 and args.preset != "large" and not args.compile:
         rows["speed"] = "too small a batch to fill a GPU: try --compile, or a larger --batch-size"
+    if dist.get_rank() == 0 and (cut := model.text_encoder.count_cut(source.texts)):
+        rows["text encoder"] += f"; {cut:,} captions are cut at {config.token_length} tokens"
+    text = "\n".join(f"{key:>14}  {value}" for key, value in rows.items())
     if dist.get_rank() == 0:
-        if cut := model.text_encoder.count_cut(source.texts):
-            rows["text encoder"] += f"; {cut:,} captions are cut at {config.token_length} tokens"
-        print("\n".join(f"{key:>14}  {value}" for key, value in rows.items()), flush=True)
+        print(text, flush=True)
+    return text
 
 
 def end_run(args, state, folder, writer, prompt):
@@ -797,8 +835,8 @@ def main(argv=None):
     # Data first: a mistake there shows before the networks are loaded.
     source = data.open_source(args.data, config.resolution, args.caption_template,
                               args.max_bad_images, args.captions, args.caption_column)
-    if config.text_encoder == "builtin" and not config.builtin_words:
-        config = replace(config, builtin_words=models.vocabulary(source.texts))
+    if not checkpoint_path:
+        config = models.with_words(config, source.texts)
     train_images, val_images = data.split_images(source, args.val_fraction)
     order = data.GlobalOrder(train_images, args.batch_size, args.accumulation, args.seed)
     shown = np.array_split(val_images if len(val_images) else train_images, 16)   # of all classes
@@ -807,15 +845,15 @@ def main(argv=None):
     # The frozen networks, and the UNet that is trained: the same first weights on every rank.
     torch.manual_seed(args.seed)
     model = Model(config, device, payload and payload.get("frozen"))
-    if args.init_unet and not payload:
-        models.load_unet_weights(model.unet, args.init_unet)
+    if not checkpoint_path:
+        models.load_first_weights(model.unet, payload, args.init_unet)
     model.text_encoder.remember(source.texts)
 
     # What training changes, and so what a checkpoint holds.
     state = TrainingState(model.unet, args, device, dtype)
-    if payload:
+    if checkpoint_path:
         state.restore(payload, args, source, train_images)
-        payload = None   # as large as weights, moments and averages together
+    payload = None   # as large as weights, moments and averages together
     state.check_ranks()
 
     # Samples: captions as text with pixels or, from the cache, latents.
@@ -829,9 +867,10 @@ def main(argv=None):
                   fingerprint=source.fingerprint, args={
                       name: value for name, value in vars(args).items()
                       if name not in ("resume", "folder", "max_steps", "time_limit")})
+    said = print_start(args, model, source, order, (len(train_images), len(val_images)), folder,
+                       dtype)
     # Held as long as main runs, the lock keeps other jobs out.
-    writer, _lock = open_run_folder(folder, record, state.step) if is_main else (None, None)
-    print_start(args, model, source, order, (len(train_images), len(val_images)), folder, dtype)
+    writer, _lock = open_run_folder(folder, record, state.step, said) if is_main else (None, None)
 
     max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)

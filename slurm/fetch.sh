@@ -22,7 +22,7 @@ def main():
     models.TextEncoder(config)
     models.ImageCodec(config)
     if args.init_unet:
-        models.load_unet_weights(models.Model(config).unet, args.init_unet)
+        models.load_first_weights(models.Model(config).unet, None, args.init_unet)
     evaluate.Clip(judge.clip_model, "cpu")
     evaluate.Inception(judge.inception_layer, None, "cpu")
     print(f"text encoder {config.text_encoder}, VAE {config.vae}, CLIP {judge.clip_model} and "

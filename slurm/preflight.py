@@ -216,8 +216,8 @@ def main():
     args, _, payload, checkpoint = train.parse_args(argv)
     device = data.setup_processes(args.device)
     check_machine(args, device)
-    resume = ["--resume", str(checkpoint)] if payload else []
-    check_training(args, argv + resume, device, payload["step"] if payload else 0)
+    resume = ["--resume", str(checkpoint)] if checkpoint else []
+    check_training(args, argv + resume, device, payload["step"] if checkpoint else 0)
     if FAILED:
         raise ValueError(f"preflight: {', '.join(FAILED)} failed")
 

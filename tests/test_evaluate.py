@@ -323,6 +323,7 @@ def test_captioned_data(real, inception, whole_clip, tmp_path, monkeypatch, caps
     main(monkeypatch, *flags)
     printed, record = capsys.readouterr().out, record_in(run)
     assert "left out: --metrics fid: 40 pictures, a reference of 27: below the 64 dim" in printed
+    assert "--reference all" in printed
     assert "nan" not in printed.lower()
     assert {"kid", "clip", "clip-fd"} == record["results"][0].keys() & set(evaluate.METRICS)
     assert record["settings"]["networks"]["inception"]["count"] == 27
@@ -333,7 +334,7 @@ def test_captioned_data(real, inception, whole_clip, tmp_path, monkeypatch, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
     ("--checkpoint RUN --num-images 1", "--num-images 1: must be at least 4"),
-    ("--checkpoint RUN --num-images 100 --metrics fid --inception-weights WEIGHTS",
+    ("--checkpoint RUN --num-images 100 --metrics fid --inception-weights not/yet/looked/for",
      "--metrics fid: 100 pictures, a reference of 100: below the 2048 dimensions"),
     ("--checkpoint RUN --metrics kid --inception-weights no.pth", "--inception-weights no.pth: "),
     ("--checkpoint RUN --metrics clip --clip-model no/clip", "--clip-model no/clip: no such fold"),
@@ -341,12 +342,12 @@ def test_captioned_data(real, inception, whole_clip, tmp_path, monkeypatch, caps
     ("--images no", "--images no: add --data"),
     ("--checkpoint RUN --resolution 32", "--resolution 32: goes with --images"),
     ("--checkpoint DIVERGED", "--amp off: pictures are not finite")])
-def test_mistakes_are_one_line(run, inception, tmp_path, flags, message):
+def test_mistakes_are_one_line(run, tmp_path, flags, message):
     """A mistake ends the script with exit code 2 and one line: flag, value and what to do."""
     payload = newest(run)
     payload["ema"] = {name: value * float("nan") for name, value in payload["ema"].items()}
     torch.save(payload, tmp_path / "DIVERGED")
-    places = {"RUN": run, "WEIGHTS": inception}
+    places = {"RUN": run}
     done = launch("evaluate.py", *(places.get(flag, flag) for flag in flags.split()), cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {message}")

@@ -111,7 +111,7 @@ def test_a_pipeline_says_how_it_was_trained(tmp_path, clip, vae):
     assert train.parse_args([*flags, str(tmp_path), "--resolution", "32"])[1].resolution == 32
     for flag, value in (("--prediction-type", "epsilon"), ("--token-length", "77"),
                         ("--beta-schedule", "cosine")):
-        with pytest.raises(ValueError, match=f"^{flag} {value}: the pipeline of --init-unet has "):
+        with pytest.raises(ValueError, match=f"^{flag} {value}: the model to start from has "):
             train.parse_args([*flags, str(tmp_path), flag, value])
     with pytest.warns(UserWarning, match="^--init-unet .*/unet: is no pipeline and does not say"):
         assert train.parse_args([*flags, str(tmp_path / "unet")])[1].resolution == 16

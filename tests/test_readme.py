@@ -11,16 +11,28 @@ import tokenize
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
 import sample
 import train
-from conftest import ROOT, TINY, launch, make_pictures, train_run
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same,
+    checkpoints,
+    errors,
+    launch,
+    make_pictures,
+    run_ok,
+    train_run,
+)
 from data import CaptionedImages
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+NOTEBOOK, CHANGE_IT, HUGGING_FACE = [block for language, block in BLOCKS if language == "python"]
 
 # Not run here: the environment is what .ci/run makes, pytest would run this test again, and
 # TensorBoard serves until it is stopped.
@@ -31,6 +43,10 @@ TINY_NETWORKS = [*ONE_STEP, "--preset", "tiny", "--workers", "0", "--val-fractio
                  "--text-encoder", "{clip}"]
 SHORT = {
     "--data mnist": TINY_NETWORKS[:-2],   # with the built-in text encoder
+    "mine.py train": ONE_STEP,
+    "mine.py sample": ["--steps", "2", "--device", "cpu"],
+    "--init-from": ["--batch-size", "4", "--max-steps", "1", "--workers", "0", "--device", "cpu",
+                    "--val-fraction", "0.2"],
     "--init-unet": [*TINY_NETWORKS[:-2], "--no-pooled-text", "--pixel-unshuffle", "1"],
     "--data": [*TINY_NETWORKS, "--vae", "{vae}", "--pixel-unshuffle", "1"],
     "--resume": ["--max-steps", "2"],
@@ -51,6 +67,7 @@ def commands():
 def project(tmp_path_factory, photos, clip, vae):
     """A folder with the scripts and small stand-ins for the data that the README names."""
     folder = tmp_path_factory.mktemp("readme")
+    (folder / "mine.py").write_text(CHANGE_IT)
     for script in [*ROOT.glob("*.py"), ROOT / "slurm" / "preflight.py"]:
         place = folder / script.relative_to(ROOT)
         place.parent.mkdir(exist_ok=True)
@@ -76,7 +93,9 @@ def test_every_shell_command_runs(project, clip, vae):
     first by two processes, the others by one to save time."""
     run, several = "runs/run_...", True
     for command in commands():
-        words, processes = shlex.split(command.replace("runs/run_...", str(run))), 1
+        own = next(iter((project / "runs").glob("*_mine")), "none")
+        command = command.replace("runs/run_..._mine", str(own)).replace("runs/run_...", str(run))
+        words, processes = shlex.split(command), 1
         if words[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]:
             words, processes, several = words[2:], 2 if several else 1, False
         assert words[0] in ("python", "--nproc_per_node=2"), f"not run: {command}"
@@ -92,10 +111,9 @@ def test_every_shell_command_runs(project, clip, vae):
 
 @pytest.mark.slow
 def test_the_notebook_block_runs(project):
-    """The Python block, with fewer steps, trains, samples and ends in a picture, and gives the
+    """The notebook's block, with fewer steps, trains, samples and ends in a picture, and gives the
     signals back, also after a run that failed."""
-    _, block = [block for language, block in BLOCKS if language == "python"]
-    *lines, last = block.strip().splitlines()
+    *lines, last = NOTEBOOK.strip().splitlines()
     small = str(["--max-steps", "2", *TINY])
     code = "\n".join(lines).replace('["--max-steps", "200"]', small) + f"""
 grid = {last}
@@ -117,9 +135,62 @@ assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+CHECK_CHANGES = """
+import torch, data, mine, models, sample, train
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+data.setup_processes("cpu")
+config = models.ModelConfig(beta_schedule="sigmoid", num_train_timesteps=100, vae="none")
+schedule = models.NoiseSchedule(config)
+s = 1 / (1 + torch.exp(torch.linspace(3, -3, 101, dtype=torch.float64)))
+assert difference(schedule.on_cpu[:-1], ((s[-1] - s) / (s[-1] - s[0]))[1:-1]) < 1e-12
+
+x_T, steps = torch.randn(2, 3, 4, 4, dtype=torch.float64), sample.make_timesteps(100, 9)
+def denoise(x_t, t):   # exact for images from N(1, 0.25)
+    a = schedule.alpha_bar(t, x_t)
+    return 1 + a.sqrt() * 0.25 * (x_t - a.sqrt()) / (a * 0.25 + 1 - a)
+ours, ddim = (list(sampler(denoise, x_T, schedule, steps, None, 0.0))
+              for sampler in (sample.SAMPLERS["euler"], sample.ddim))
+assert len(ours) == 9 and all(difference(a[0], b[0]) < 1e-9 for a, b in zip(ours, ddim))
+
+model = models.Model(train.parse_args(["--beta-schedule", "sigmoid"])[1])
+x_0, eps = torch.rand(4, 48, 8, 8), 3 * torch.randn(4, 48, 8, 8)
+t, caption = torch.tensor([5, 300, 700, 999]), ["red", "blue", "", "a"]
+batch = dict(moments=torch.stack([x_0, 0 * x_0], dim=1), t=t, eps=eps, caption=caption)
+x_t = model.schedule.add_noise(x_0, eps, t)
+error = (model.unet(x_t, t, model.text_encoder(caption))[0] - x_0).abs()
+huber = torch.where(error < 1, error**2 / 2, error - 0.5).flatten(1).mean(dim=1)
+assert difference(train.diffusion_loss(model.unet, model, batch, 5.0, 1.0), huber) < 1e-6
+"""
+
+
+@pytest.mark.slow
+def test_four_changes(project, tmp_path):
+    """The section "Change it": an own schedule, sampler (DDIM's equal) and loss do what they say;
+    with an own network, whose position table is a buffer, two processes train, a resumed run is
+    the run that did not stop, and what needs diffusers' UNet is refused in one line."""
+    done = subprocess.run([sys.executable, "-c", CHECK_CHANGES], cwd=project, timeout=120,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    flags = [project / "mine.py", "train", *TINY, "--beta-schedule", "sigmoid", "--batch-size", 8,
+             "--folder"]
+    run_ok(*flags, tmp_path / "a", "--max-steps", 4, processes=2)
+    for steps in (2, 4):
+        run_ok(*flags, tmp_path / "b", "--max-steps", steps, processes=2)
+    one, two = (torch.load(*checkpoints(tmp_path / name)[-1:])["ema"] for name in "ab")
+    assert_same(one, two)
+    assert one["position"].shape == (16, 128)
+    for more, reason in ((["train", "--gradient-checkpointing"], "--gradient-checkpointing True"),
+                         (["sample", "--export", "x", "--checkpoint", tmp_path / "a"], "--export")):
+        done = launch(project / "mine.py", *more, "--device", "cpu", cwd=tmp_path)
+        assert done.returncode == 2 and errors(done.stderr)[0].startswith(f"error: {reason}")
+
+
 @pytest.mark.parametrize("kind", ["captions", "labels"])
 def test_the_recipe_for_hugging_face(tmp_path, kind):
-    """The first Python block, as it stands, makes one .zip of a parquet file with five captions an
+    """The recipe, as it stands, makes one .zip of a parquet file with five captions an
     image, or of one with labels of greyscale images: all of it is read."""
     datasets = pytest.importorskip("datasets")
     import pyarrow.parquet
@@ -137,8 +208,7 @@ def test_the_recipe_for_hugging_face(tmp_path, kind):
     (tmp_path / "jxie" / "flickr8k").mkdir(parents=True)   # taken instead of the hub's
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema),
                                 tmp_path / "jxie" / "flickr8k" / "train-00000-of-00001.parquet")
-    recipe, _ = [block for language, block in BLOCKS if language == "python"]
-    done = subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", HUGGING_FACE], cwd=tmp_path, capture_output=True,
                           text=True, timeout=120, env={**os.environ, "HF_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
     source = CaptionedImages(tmp_path / "my_data.zip")

@@ -24,7 +24,7 @@ from models import (
     TextEncoder,
     builtin_tokenizer,
     load_model,
-    vocabulary,
+    with_words,
 )
 from sample import SAMPLERS, generate, guided_denoiser, make_grid, rescale_guidance, to_uint8
 from tiny_networks import make_vae
@@ -296,12 +296,13 @@ def test_builtin_text_encoder_is_always_the_same():
 
 def test_vocabulary_of_captions():
     """It has every word once, as the tokenizer takes captions apart, and no more than 5,000."""
-    words = vocabulary(["A dog, a DOG's tail", "tail"])
+    config = ModelConfig(text_encoder="builtin")
+    words = with_words(config, ["A dog, a DOG's tail", "tail"]).builtin_words
     assert words == ["'", ",", "a", "dog", "s", "tail"]
     tokenizer = builtin_tokenizer(words)
     assert tokenizer.unk_token_id not in tokenizer("A dog, a DOG's tail").input_ids
     with pytest.raises(ValueError, match="^--text-encoder builtin: .* 5,001 different .* a CLIP"):
-        vocabulary(map(str, range(5001)))
+        with_words(config, map(str, range(5001)))
 
 
 def test_grid_has_every_picture_and_caption():

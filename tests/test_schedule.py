@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-import models
 from models import BETA_SCHEDULES, PREDICTION_TYPES, PRESETS, ModelConfig, NoiseSchedule, build_unet
 from sample import SAMPLERS, make_timesteps
 
@@ -139,9 +138,9 @@ def test_loss_weights_mean_the_same_for_every_prediction_type(prediction, gamma,
 
 
 def test_an_unknown_schedule_is_refused():
-    """make_betas makes no other schedule of it."""
+    """No other schedule is made of it."""
     with pytest.raises(ValueError, match="^--beta-schedule sigmoid: use linear or scaled_.*"):
-        models.make_betas("sigmoid", 10)
+        ModelConfig(beta_schedule="sigmoid")
 
 
 def test_zero_terminal_snr_is_refused_with_epsilon():

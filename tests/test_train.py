@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import default_collate
 
 import data
@@ -433,6 +434,51 @@ def test_own_pictures(tmp_path, photos, clip, vae, in_pixels, channels, T):
         assert len(values) == 12 and np.isfinite(values).all()
 
 
+@pytest.mark.slow
+def test_training_goes_on_from_another_run(tmp_path, photos):
+    """--init-from takes a greyscale run's configuration and averaged weights to other pictures: the
+    first loss is that model's, the optimizer is new, and the run resumes without the first. A flag
+    that contradicts, another preset and words that the vocabulary lacks are refused by name."""
+    start = train_run(tmp_path, *TINY, "--data", photos, "--text-encoder", "builtin", "--preset",
+                      "tiny", "--image-channels", 1, "--batch-size", 4, "--max-steps", 6,
+                      "--workers", 0, "--ema-decay", 0.5)
+    flags = ["--data", make_pictures(tmp_path / "other", count=12, seed=1), "--batch-size", 4,
+             "--val-fraction", 0, "--workers", 0, "--log-every", 1, "--device", "cpu"]
+    tuned = train_run(tmp_path, *flags, "--init-from", start, "--max-steps", 2, "--lr", 1e-3)
+    model, source = load_model(start), data.CaptionedImages(tmp_path / "other")
+    images = np.arange(12)
+    samples = Samples(image_loader(source, model.config), source.captions, images, model.config,
+                      model.codec.latent_shape)
+    batch = next(iter(data.make_loader(samples, GlobalOrder(images, 4))))
+    expected = train.diffusion_loss(model.unet, model, batch, 5.0, 1.0).mean().item()
+    assert scalars(tuned, "train/loss")[1] == pytest.approx(expected, rel=1e-4)
+    assert newest(tuned)["config"] == newest(start)["config"]
+    assert all(moments["step"] == 2 for moments in newest(tuned)["optimizer"]["state"].values())
+    for more, said in (
+            (["--token-length", "20"], "--token-length 20: the model to start from has 16; "),
+            (["--preset", "standard"], "--preset standard: --init-from has tiny"),
+            (["--data", "shapes"], "--init-from: its text encoder lacks .* words .*background.*")):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            train.main([*map(str, flags), "--init-from", str(start), *more])
+    shutil.rmtree(start)
+    run_ok("train.py", "--resume", tuned, "--max-steps", 3)
+    assert newest(tuned)["step"] == 3
+
+
+def test_runs_are_compared_in_tensorboard(tmp_path):
+    """A run's flags are hyperparameters beside its losses; what it printed at its start is text."""
+    run = train_run(tmp_path, *TINY, "--max-steps", 1, "--lr", 0.5, "--adam-betas", 0.8, 0.9)
+    events = EventAccumulator(str(run)).Reload()
+    start, = events.Tensors("start/text_summary")
+    assert "7,782 training and 410 validation images" in start.tensor_proto.string_val[0].decode()
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    flags = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+    assert flags["lr"].number_value == 0.5 and flags["adam_betas"].string_value == "[0.8, 0.9]"
+    plugin = events.SummaryMetadata("_hparams_/experiment").plugin_data
+    metrics = HParamsPluginData.FromString(plugin.content).experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} == {"epoch/loss", "epoch/validation_loss"}
+
+
 # Mistakes
 
 NO_VAE = "--data {photos} --text-encoder {clip}"
@@ -500,13 +546,16 @@ def test_mistakes_name_the_flag_the_value_and_the_fix(tmp_path, places, given):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, code", [(1, 2), (2, 1)])
-def test_a_mistake_is_said_once(tmp_path, processes, code):
+@pytest.mark.parametrize("flag, said, processes, code", [
+    ("--data", "--data {}/igloo: no such folder, .zip or .tar", 1, 2),
+    ("--data", "--data {}/igloo: no such folder, .zip or .tar", 2, 1),
+    ("--dota", "unrecognized arguments: --dota igloo; train.py --help lists the flags", 2, 1)])
+def test_a_mistake_is_said_once(tmp_path, flag, said, processes, code):
     """Rank 0 says it in one line, nobody hangs, and only torchrun shows a traceback."""
-    done = launch("train.py", "--data", "igloo", processes=processes, cwd=tmp_path, timeout=90)
-    assert re.findall("^error: .*", done.stderr, re.MULTILINE) == [
-        f"error: --data {tmp_path}/igloo: no such folder, .zip or .tar"]
-    assert done.returncode == code and done.stderr.count("Traceback") == processes - 1
+    done = launch("train.py", flag, "igloo", processes=processes, cwd=tmp_path, timeout=90)
+    assert errors(done.stderr) == [f"error: {said.format(tmp_path)}"]
+    assert "usage" not in done.stderr and done.returncode == code
+    assert done.stderr.count("Traceback") == processes - 1
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
