@@ -107,7 +107,8 @@ class Clip:
         longest = self.network.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(prompts, padding=True, truncation=True,
                                           max_length=longest, return_tensors="pt")
-        hidden = self.network.text_model(**tokens.to(features.device)).pooler_output
+        tokens = tokens.to(features.device)
+        hidden = self.network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
         text = self.network.text_projection(hidden)
         return 100 * F.cosine_similarity(features.double(), text.double())
 

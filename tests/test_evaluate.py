@@ -50,6 +50,10 @@ def whole_clip(tmp_path_factory):
     vision = dict(text, patch_size=112)   # the same depth and width
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    # Images and texts have something in common, so that the score is above 0.
+    model.text_projection.weight.data = model.visual_projection.weight.data.clone()
+    for norm in (model.text_model.final_layer_norm, model.vision_model.post_layernorm):
+        torch.nn.init.ones_(norm.bias)
     model.save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     return folder
@@ -170,6 +174,7 @@ def test_clip_score_is_torchmetrics_and_a_plain_cosine(whole_clip):
     inputs = processor(text=prompts, images=list(images), padding=True, truncation=True,
                        max_length=77, return_tensors="pt")
     assert inputs.input_ids.shape[1] == 77 and inputs.input_ids[5, -1] == 1, "the end token is kept"
+    inputs.pop("token_type_ids", None)   # older tokenizers give them, and CLIP has no use for them
     output = model.requires_grad_(False)(**inputs)
     plain = 100 * torch.cosine_similarity(output.image_embeds, output.text_embeds)
     torch.testing.assert_close(ours, plain.double(), rtol=0, atol=1e-4)
@@ -177,7 +182,8 @@ def test_clip_score_is_torchmetrics_and_a_plain_cosine(whole_clip):
     for name in ("get_image_features", "get_text_features"):
         # torchmetrics 1.9 takes features as tensors, transformers 5 hands them out in an object.
         plain = getattr(model, name)
-        setattr(model, name, lambda *args, plain=plain: plain(*args).pooler_output)
+        setattr(model, name, lambda *args, plain=plain: getattr(
+            features := plain(*args), "pooler_output", features))
     theirs = clip_score(list(images[:5]), prompts[:5], lambda: (model, processor))
     assert max(0.0, ours[:5].mean().item()) == pytest.approx(theirs.item(), abs=1e-4)
 
