@@ -22,11 +22,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+for library in (diffusers_logging, transformers_logging):
+    library.disable_progress_bar()   # bars of networks that load in a second hide the run's lines
 
 # Betas of the forward process, (T,) float64
 

@@ -616,6 +616,8 @@ def all_reduced(tensor):
 
 # The run folder
 
+FINISHED = "finished"   # in the file `stop`
+
 
 def make_run_folder(args, checkpoint_path):
     """--folder, or the resumed run's, or a new runs/run_YYYYmmdd_HHMMSS[_name]; for all ranks."""
@@ -652,13 +654,17 @@ def take_over(folder):
     return lock
 
 
-def open_run_folder(folder, record, step, start):
-    """(SummaryWriter, lock) of the run folder, for the main rank; start: see print_start."""
+def open_run_folder(folder, record, step, start, resume):
+    """(SummaryWriter, lock) of the run folder, for the main rank; start: see print_start. A file
+    `stop` that a user made is obeyed, also if this run has just started, unless --resume asks to go
+    on; one of a finished run says so."""
     lock = take_over(folder)
     # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
     threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
                             or threading.__excepthook__(died))
-    (folder / "stop").unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        if resume or (folder / "stop").read_text() == FINISHED:
+            (folder / "stop").unlink()
     writer = SummaryWriter(folder, purge_step=step + 1)
     text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
     models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
@@ -724,7 +730,7 @@ def print_start(args, model, source, order, counts, folder, dtype):
 def end_run(args, state, folder, writer, prompt):
     with tolerate(OSError, "curves could not be written"):
         if state.epoch == args.epochs or state.step == args.max_steps:
-            (folder / "stop").touch()   # tells whoever started this that nothing is left to do
+            (folder / "stop").write_text(FINISHED)   # for whoever would start this again
         writer.close()
     if state.epoch < args.epochs:
         print(f"stopped after {state.step} steps; to go on: train.py --resume {folder}")
@@ -870,7 +876,8 @@ def main(argv=None):
     said = print_start(args, model, source, order, (len(train_images), len(val_images)), folder,
                        dtype)
     # Held as long as main runs, the lock keeps other jobs out.
-    writer, _lock = open_run_folder(folder, record, state.step, said) if is_main else (None, None)
+    writer, _lock = (open_run_folder(folder, record, state.step, said, args.resume) if is_main
+                     else (None, None))
 
     max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)

@@ -83,6 +83,7 @@ def test_training_goes_on_from_an_exported_unet(tmp_path, photos, clip, vae):
     folder, model = tmp_path / "pipeline", load_model(run)
     done = run_ok("sample.py", "--checkpoint", run, "--export", folder, "--device", "cpu")
     assert "for diffusers: StableDiffusionPipeline.from_pretrained" in done.stdout
+    assert "Loading" not in done.stderr and "Writing" not in done.stderr   # the libraries' bars
     assert_draws_ours(folder, model, steps=10)
     tuned = train_run(tmp_path, *flags, "--init-unet", folder, "--preset", "standard",
                       "--max-steps", 2)

@@ -395,6 +395,20 @@ data.run_main(train.main)
 
 
 @pytest.mark.slow
+def test_a_stop_made_while_the_run_starts(tmp_path):
+    """A file `stop` that is there before the loop stops the run after an update or two, and stays.
+    --resume goes on all the same; and --folder does where the file is that of a finished run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stop").touch()
+    run_ok("train.py", *TINY, "--folder", run)
+    assert newest(run)["step"] <= 2 and (run / "stop").exists()
+    for flag, step in (("--resume", 5), ("--folder", 6)):
+        run_ok("train.py", flag, run, "--max-steps", step)
+        assert newest(run)["step"] == step
+
+
+@pytest.mark.slow
 def test_a_stop_leaves_out_validation_and_grid(tmp_path, photos, clip):
     """A file `stop` seen in a validation of a minute, after an epoch that is not saved: two
     processes leave out the rest and the grid, save and end at once."""
