@@ -363,20 +363,22 @@ class StopRequest:
         self.agreed |= step >= self.max_steps
 
 
-def next_batch(batches, stop, save):
-    """The loader's next batch. Where it cannot come, or not soon and the run is asked to stop, a
+def patiently(loader, stop, save):
+    """The loader's batches. Where one cannot come, or not soon and the run is asked to stop, a
     process that is alone saves before it ends with an error."""
-    alone, limit = dist.get_world_size() == 1, time.monotonic() + 0.9 * data.RANK_TIMEOUT
-    while True:
-        try:
-            return next(batches)
-        except (RuntimeError, OSError) as error:   # every 20 seconds
-            waits = "DataLoader timed out" in str(error) and time.monotonic() < limit
-            if waits and not (alone and stop.look()):
-                continue
-            if alone:
-                save(tries=7)
-            raise
+    batches, alone = iter(loader), dist.get_world_size() == 1
+    for _ in range(len(loader)):
+        limit, batch = time.monotonic() + 0.9 * data.RANK_TIMEOUT, None
+        while batch is None:
+            try:
+                batch = next(batches)
+            except (RuntimeError, OSError) as error:   # every 20 seconds
+                waits = "DataLoader timed out" in str(error) and time.monotonic() < limit
+                if not waits or alone and stop.look():
+                    if alone:
+                        save(tries=7)
+                    raise
+        yield batch
 
 
 def stop_time(minutes):
@@ -458,7 +460,7 @@ def make_loaders(args, model, source, order, train_images, val_images):
     val_order = []
     loaders = (data.make_loader(samples, order, model.device, workers),
                data.make_loader(validation, val_order, model.device, workers))
-    loaders[0].timeout = min(20, loaders[0].timeout)   # see next_batch
+    loaders[0].timeout = min(20, loaders[0].timeout)   # see patiently
     # The workers are forked here, where NCCL has no threads yet, and have nothing to load.
     order.start_at(0, order.steps_per_epoch)
     for loader in loaders:
@@ -655,9 +657,11 @@ def take_over(folder):
 
 
 def open_run_folder(folder, record, step, start, resume):
-    """(SummaryWriter, lock) of the run folder, for the main rank; start: see print_start. A file
-    `stop` that a user made is obeyed, also if this run has just started, unless --resume asks to go
-    on; one of a finished run says so."""
+    """(SummaryWriter, lock) of the run folder, for the main rank, or (None, None); start: see
+    print_start. A file `stop` that a user made is obeyed, also if this run has just started, unless
+    --resume asks to go on; one of a finished run says so."""
+    if dist.get_rank() > 0:
+        return None, None
     lock = take_over(folder)
     # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
     threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
@@ -728,6 +732,9 @@ def print_start(args, model, source, order, counts, folder, dtype):
 
 
 def end_run(args, state, folder, writer, prompt):
+    """Leave the run folder and say, from the main rank, what can be done next."""
+    if not writer:
+        return
     with tolerate(OSError, "curves could not be written"):
         if state.epoch == args.epochs or state.step == args.max_steps:
             (folder / "stop").write_text(FINISHED)   # for whoever would start this again
@@ -876,8 +883,7 @@ def main(argv=None):
     said = print_start(args, model, source, order, (len(train_images), len(val_images)), folder,
                        dtype)
     # Held as long as main runs, the lock keeps other jobs out.
-    writer, _lock = (open_run_folder(folder, record, state.step, said, args.resume) if is_main
-                     else (None, None))
+    writer, _lock = open_run_folder(folder, record, state.step, said, args.resume)
 
     max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)
@@ -885,7 +891,7 @@ def main(argv=None):
     save = partial(state.save, folder, (args.keep_last, args.keep_every), **record)
     while state.epoch < args.epochs and not stop.agreed:
         order.start_at(state.epoch, state.step_in_epoch)
-        batches = iter(loader)
+        batches = patiently(loader, stop, save)
         bar = tqdm(total=order.steps_per_epoch, initial=state.step_in_epoch, unit="step",
                    desc=f"epoch {state.epoch + 1}/{args.epochs}", disable=not is_main,
                    mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
@@ -896,7 +902,7 @@ def main(argv=None):
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
             for micro in range(args.accumulation):
                 waiting = time.perf_counter()
-                batch = next_batch(batches, stop, save)
+                batch = next(batches)
                 log.data_seconds += time.perf_counter() - waiting
                 unreadable.note(batch)
                 batch = data.to_device(batch, device)
@@ -940,8 +946,7 @@ def main(argv=None):
                          stop)
             log.restart(state)
     save(tries=7)
-    if is_main:
-        end_run(args, state, folder, writer, prompts[0])
+    end_run(args, state, folder, writer, prompts[0])
     return folder
 
 

@@ -527,7 +527,7 @@ def test_data_that_never_come(tmp_path, flags, asks):
         if asks:
             (tmp_path / "run" / "stop").touch()
         assert job.process.wait(60) == 2
-    assert re.fullmatch("error: rank 0 in main > next_batch: RuntimeError: DataLoader timed out .*"
+    assert re.fullmatch("error: rank 0 in main > patiently: RuntimeError: DataLoader timed out .*"
                         "/dev/shm.*--workers 0.*", errors(job.text())[0])
     assert newest(tmp_path / "run")["step"] == 2
 
