@@ -675,8 +675,9 @@ def open_run_folder(folder, record, step, start, resume):
     for title, shown in dict(start=start, config=text).items():
         writer.add_text(title, "    " + shown.replace("\n", "\n    "), step)
     # Runs side by side in a table; flags that are neither text nor number are written as text.
+    flags = record["args"] | {name: record["config"][name] for name in MODEL_FLAGS}
     flags = {name: value if isinstance(value, (str, int, float)) else str(value)
-             for name, value in record["args"].items()}
+             for name, value in flags.items()}
     for summary in hparams(flags, {"epoch/loss": 0.0, "epoch/validation_loss": 0.0}):
         writer.file_writer.add_summary(summary)
     return writer, lock

@@ -488,6 +488,7 @@ def test_runs_are_compared_in_tensorboard(tmp_path):
     plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
     flags = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
     assert flags["lr"].number_value == 0.5 and flags["adam_betas"].string_value == "[0.8, 0.9]"
+    assert flags["beta_schedule"].string_value == "linear"   # the preset's
     plugin = events.SummaryMetadata("_hparams_/experiment").plugin_data
     metrics = HParamsPluginData.FromString(plugin.content).experiment.metric_infos
     assert {metric.name.tag for metric in metrics} == {"epoch/loss", "epoch/validation_loss"}
