@@ -95,10 +95,11 @@ class ModelConfig:
     pooled_text: bool = model_flag(False, "add the mean token feature to the timestep embedding")
     vae: str = model_flag("stabilityai/sdxl-vae", 'hub id, folder or, for pixel space, "none"')
     pixel_unshuffle: int = model_flag(1, "in pixel space, fold p x p pixels into the channels")
-    num_train_timesteps: int = model_flag(1000, "T")
-    beta_schedule: str = model_flag("scaled_linear", "of the noise", choices=BETA_SCHEDULES)
+    num_train_timesteps: int = model_flag(1000, "T, the number of noise levels")
+    beta_schedule: str = model_flag("scaled_linear", "how the noise grows", choices=BETA_SCHEDULES)
     zero_terminal_snr: bool = model_flag(False, "make x_T pure noise (Lin et al. 2024)")
-    prediction_type: str = model_flag("epsilon", "network's output", choices=PREDICTION_TYPES)
+    prediction_type: str = model_flag("epsilon", "what the network predicts",
+                                      choices=PREDICTION_TYPES)
     caption_dropout: float = model_flag(0.1, "share of captions emptied, for guidance")
 
     def __post_init__(self):

@@ -84,7 +84,7 @@ def make_parser():
     add("--caption-column", metavar="NAME", help="the column or key with the captions")
     add("--caption-template", metavar="TEXT", help="captions for images without: {} stands for the "
         "folder's name; text without {} is every image's caption, an empty one is no caption")
-    add("--max-bad-images", type=float, default=0.01, help="stop above this share of unreadable")
+    add("--max-bad-images", type=float, default=0.01, help="stop if more of them cannot be read")
     add("--val-fraction", type=float, default=0.05, help="share held out for validation")
     add("--random-crop", **SWITCH, help="crop at random along the long side, not at the centre")
     add("--flip", **SWITCH, help='mirror half of the images; off because captions say "left"')
@@ -93,7 +93,7 @@ def make_parser():
     add("--workers", type=int, help="loader processes per rank; not given: its cores less one")
     title = "model (kept in the checkpoint; defaults from the preset)"
     add = parser.add_argument_group(title).add_argument
-    add("--preset", choices=PRESETS, help="not given: standard, tiny for shapes")
+    add("--preset", choices=PRESETS, help="not given: standard; for shapes tiny")
     add("--init-from", metavar="RUN", help="start from a run folder's or checkpoint's model, with "
         "its averaged weights")
     add("--init-unet", metavar="NAME", help="a diffusers UNet or pipeline to start from; give "
@@ -112,14 +112,16 @@ def add_training_flags(parser):
     add("--accumulation", type=int, default=1, help="micro-batches per update")
     add("--lr", type=float, help="AdamW's peak learning rate")
     add("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
-    add("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: in the last fifth")
+    add("--lr-schedule", choices=("constant", "cosine", "decay"),
+        help="decay: constant, then linear to 0 in the last fifth")
     add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"),
         help="AdamW's averages of the gradient and of its square")
     add("--weight-decay", type=float, default=0.01, help="AdamW's")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; inf: never")
     add("--min-snr-gamma", type=number_or_none, default=5.0, help="upper clamp of the SNR, the x_0 "
         "error's weight (Hang et al. 2023); none for both: the simple loss (Ho et al. 2020)")
-    add("--snr-floor", type=number_or_none, help="lower clamp (Salimans & Ho 2022)")
+    add("--snr-floor", type=number_or_none, help="lower clamp of the SNR "
+        "(Salimans & Ho 2022)")
     add("--ema-decay", type=float, default=0.9999, help="of the weights' moving average")
     add("--seed", type=int, default=0, help="of first weights, order, timesteps and noise")
     add = parser.add_argument_group("system").add_argument
@@ -192,7 +194,8 @@ def parse_args(argv=None):
                     f"{path} has {stored.get(name)}; leave the flag out, or start a new run")
     else:
         config = make_config(args, payload)
-        check_schedule(config)
+        if not payload:
+            check_schedule(config)
     check_args(args, config, payload["epoch"] if path else 1)
     return args, config, payload, path
 
@@ -875,7 +878,7 @@ def main(argv=None):
     unreadable = UnreadableImages(source, args.max_bad_images)
     net = prepare_network(args, model.unet, device)
 
-    # The run folder. Where it is and when to pause are not part of what the checkpoint says.
+    # The run folder. A checkpoint does not say where it lies or when to pause.
     folder = make_run_folder(args, checkpoint_path)
     record = dict(config=asdict(config), train_images=len(train_images), frozen=model.frozen,
                   fingerprint=source.fingerprint, args={
@@ -917,8 +920,8 @@ def main(argv=None):
                 loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
                 state.scaler.scale(loss).backward()
                 step_loss += loss.detach()
-            # The scaler leaves weights and moments alone where a gradient is not finite. NaN has
-            # come to all ranks with DDP's average, so that they all do.
+            # The scaler skips the update where a gradient is not finite. DDP's average has brought
+            # a NaN to all ranks, so all of them skip it.
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(state.weights, max_norm)
             state.scaler.step(state.optimizer)
