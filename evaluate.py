@@ -72,8 +72,8 @@ class Inception:
             network = inception.FeatureExtractorInceptionV3("inception-v3-compat", [layer], weights)
         except Exception as error:  # a missing file, no internet, damaged or other weights
             reason = str(error).strip().splitlines()[0][:100]
-            raise FileNotFoundError(f"--inception-weights {weights}: {reason}; name the file of "
-                                    f"{inception.URL_INCEPTION_V3}, downloaded") from None
+            raise FileNotFoundError(f"--inception-weights {weights}: {reason}; download "
+                                    f"{inception.URL_INCEPTION_V3} and name the file") from None
         self.network, self.dim = network.to(device), int(layer)
         self.settings = dict(layer=layer, antialias=False, weights=data.hash_of_weights(network))
 
@@ -414,21 +414,21 @@ def choose_metrics(args):
 def leave_out(task, args):
     """Leave out, with a note, a Frechet distance chosen by default that the number of pictures does
     not allow. Raises: ValueError where --metrics asked for it."""
-    count, dims = task.reference.count, dict(fid=int(args.inception_layer))
-    if "clip-fd" in task.metrics:
-        found = load_pretrained(CLIPConfig.from_pretrained, args.clip_model, "clip", "--clip-model")
-        dims["clip-fd"] = found.projection_dim
-    for name, dim in dims.items():
-        if name in task.metrics and min(task.count, count) < dim:
-            # Of fewer pictures than dimensions the covariance is singular.
+    count = task.reference.count
+    for name in [name for name in ("fid", "clip-fd") if name in task.metrics]:
+        dim = int(args.inception_layer)
+        if name == "clip-fd":
+            dim = load_pretrained(CLIPConfig.from_pretrained, args.clip_model, "clip",
+                                  "--clip-model").projection_dim
+        if min(task.count, count) < dim:   # the covariance would be singular
             reason = (f"--metrics {name}: {task.count} pictures, a reference of {count}: below the "
-                      f"{dim} dimensions of the features; use kid, or --reference all and more "
-                      "--num-images")
+                      f"{dim} dimensions of the features; use kid, or more images: --num-images, "
+                      "--reference all")
             if args.metrics:
                 raise ValueError(reason)
             task.metrics.remove(name)
             if dist.get_rank() == 0:
-                print(f"left out: {reason}")
+                print(f"left out: {reason}", flush=True)
 
 
 @torch.no_grad()
@@ -516,10 +516,12 @@ def parse_args(argv=None):
     group = parser.add_argument_group("judging")
     judged = group.add_mutually_exclusive_group(required=True)
     judged.add_argument("--checkpoint", help="a run folder (its newest checkpoint) or a file")
-    judged.add_argument("--images", type=Path, metavar="DIR", help="needs --data and --resolution")
+    judged.add_argument("--images", type=Path, metavar="DIR", help="finished pictures; needs "
+                        "--data and --resolution")
     add = group.add_argument
     add("--data", help="source of prompts and reference, see train.py (default: the model's)")
-    add("--val-fraction", type=float, help="(default: as in training; with --images 1)")
+    add("--val-fraction", type=float, help="of --data (default: as in training; "
+        "with --images 1)")
     add("--reference", choices=("validation", "training", "all"), default="validation",
         help="which of the data's images to compare with")
     add("--resolution", type=int, help="with --images: side in pixels to which all are scaled")

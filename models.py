@@ -304,8 +304,8 @@ def with_words(config, captions, most=5000):
     words = sorted({word for caption in captions for word, _ in split(caption.lower())})
     if known and (unknown := [word for word in words if word not in known]):
         raise ValueError(f"--init-from: its text encoder lacks {len(unknown)} words of these "
-                         f"captions: {', '.join(unknown[:9])} ...; start from nothing, or from a "
-                         "run on captions that have them")
+                         f"captions, such as {', '.join(map(repr, unknown[:9]))}; start from "
+                         "nothing, or from a run on captions that have them")
     if len(words) > most:
         raise ValueError(f"--text-encoder builtin: the captions have {len(words):,} different "
                          f"words, over {most:,}; name a CLIP text model")
@@ -635,8 +635,8 @@ def load_checkpoint(path):
             problem = f"checkpoint {candidate}: cannot be read ({reason})"
             if path.is_dir():
                 warnings.warn(f"{problem}; trying the one before it", stacklevel=2)
-    raise ValueError(f"checkpoint {path}: none of the {len(candidates)} files can be read"
-                     if path.is_dir() else problem)
+    raise ValueError(f"checkpoint {path}: none of the {len(candidates)} files can be read; the "
+                     f"last: {reason}" if path.is_dir() else problem)
 
 
 def load_weights(unet, values):
@@ -674,9 +674,15 @@ class Model:
 
 
 def config_of(payload, **places):
-    """A checkpoint's ModelConfig. `places`: vae and text_encoder, where they have moved."""
+    """A checkpoint's ModelConfig. `places`: vae and text_encoder, where they have moved. Raises:
+    ValueError where one that is a file stands for one that is none, or the other way round."""
+    config = ModelConfig(**payload["config"])
     moved = {name: place for name, place in places.items() if place}
-    return replace(ModelConfig(**payload["config"]), **moved)
+    for name, place in moved.items():
+        if place != (trained := getattr(config, name)) and {"none", "builtin"} & {place, trained}:
+            raise ValueError(f"--{name.replace('_', '-')} {place}: the model was trained with "
+                             f"{trained}; leave the flag out")
+    return replace(config, **moved)
 
 
 def load_model(checkpoint, device="cpu", weights="ema", compiled=False, **places):

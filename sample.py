@@ -344,9 +344,11 @@ def parse_args():
         help="s in uncond + s (cond - uncond); 1 is off")
     add("--guidance-scales", type=float, nargs="+", default=[], metavar="S",
         help="also draw one sheet of all prompts, each with these scales")
-    add("--steps-strip", action="store_true", help="also draw the first picture's way from noise")
+    add("--steps-strip", action="store_true", help="also draw the first picture's way from noise,"
+        " steps.png")
     add("--output", type=Path, help="the pictures' folder (default: samples_TIME in the run's)")
-    add("--export", type=Path, metavar="FOLDER", help="write it for diffusers' pipeline")
+    add("--export", type=Path, metavar="FOLDER", help="write the model as a pipeline of "
+        "diffusers")
     add_sampling_flags(parser)
     args = parser.parse_args()
     if args.prompt_file:
@@ -438,7 +440,8 @@ def main():
     if is_main:
         if args.steps_strip:
             make_strip(model, prompts[0], **how).save(output / "steps.png")
-        print(f"{len(paths)} pictures in {output} (grid.png shows the first {len(first)})")
+        overviews = ", ".join(name for name in OVERVIEWS if (output / name).exists())
+        print(f"{len(paths)} pictures in {output}, the first {len(first)} in {overviews}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,14 @@ def number_or_none(text):
     return None if text == "none" else float(text)
 
 
+def place(text):
+    """A path is made absolute, since a run goes on from any folder. A name stays as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; leave it out or name one")
+    path = os.path.abspath(os.path.expanduser(text))
+    return path if os.path.exists(path) and text not in ("shapes", "builtin", "none") else text
+
+
 def preset_values():
     """The presets' defaults, for --help."""
     paragraphs = ["defaults of the presets, which their flags override:"]
@@ -77,10 +85,10 @@ def preset_values():
 def make_parser():
     parser = data.Parser("Train a text-to-image latent diffusion model.", epilog=preset_values())
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help="folder, .zip or .tar files of captioned images; shapes: "
-        "built in")
-    add("--captions", metavar="FILE", help="captions that are not within --data: a file, folder "
-        "or .zip")
+    add("--data", type=place, default="shapes",
+        help="folder, .zip or .tar files of captioned images; shapes: built in")
+    add("--captions", type=place, metavar="FILE",
+        help="captions that are not within --data: a file, folder or .zip")
     add("--caption-column", metavar="NAME", help="the column or key with the captions")
     add("--caption-template", metavar="TEXT", help="captions for images without: {} stands for the "
         "folder's name; text without {} is every image's caption, an empty one is no caption")
@@ -92,14 +100,17 @@ def make_parser():
         help="encode images once, into DIR or, without one, beside the data")
     add("--workers", type=int, help="loader processes per rank; not given: its cores less one")
     title = "model (kept in the checkpoint; defaults from the preset)"
-    add = parser.add_argument_group(title).add_argument
-    add("--preset", choices=PRESETS, help="not given: standard; for shapes tiny")
-    add("--init-from", metavar="RUN", help="start from a run folder's or checkpoint's model, with "
-        "its averaged weights")
-    add("--init-unet", metavar="NAME", help="a diffusers UNet or pipeline to start from; give "
-        "its --text-encoder and --vae")
+    group = parser.add_argument_group(title)
+    add, start = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("--preset", choices=PRESETS, help="not given: that of --init-from; else for shapes tiny, "
+        "for other data standard")
+    start("--init-from", type=place, metavar="RUN", help="a new run that starts with the model and "
+          "the averaged weights of this run or checkpoint")
+    start("--init-unet", type=place, metavar="NAME", help="a diffusers UNet or pipeline to start "
+          "from; give its --text-encoder and --vae")
     for name, option in MODEL_FLAGS.items():
-        kind = SWITCH | dict(default=None) if option.type is bool else dict(type=option.type)
+        kind = dict(type=place if name in ("vae", "text_encoder") else option.type)
+        kind = SWITCH | dict(default=None) if option.type is bool else kind
         add(f"--{name.replace('_', '-')}", **kind, **option.metadata)
     add_training_flags(parser)
     return parser
@@ -122,7 +133,7 @@ def add_training_flags(parser):
         "error's weight (Hang et al. 2023); none for both: the simple loss (Ho et al. 2020)")
     add("--snr-floor", type=number_or_none, help="lower clamp of the SNR "
         "(Salimans & Ho 2022)")
-    add("--ema-decay", type=float, default=0.9999, help="of the weights' moving average")
+    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
     add("--seed", type=int, default=0, help="of first weights, order, timesteps and noise")
     add = parser.add_argument_group("system").add_argument
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
@@ -133,10 +144,12 @@ def add_training_flags(parser):
         "traffic between nodes")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs, if any")
     add = parser.add_argument_group("run").add_argument
-    add("--resume", metavar="RUN", help="go on from a run folder or checkpoint, with its flags")
+    add("--resume", type=place, metavar="RUN",
+        help="go on from a run folder or checkpoint, with its flags")
     add("--runs", default="runs", help="where run folders are made")
     add("--name", help="appended to the run folder's name")
-    add("--folder", metavar="RUN", help="the run folder; go on from checkpoints that it holds")
+    add("--folder", type=place, metavar="RUN", help="the run folder; goes on from checkpoints that "
+        "it holds, whatever other flags say")
     add("--max-steps", type=int, help="stop and save after this many updates in all")
     add("--time-limit", type=float, metavar="MINUTES",
         help="stop and save after so long; not given: before a Slurm job's end")
@@ -176,14 +189,12 @@ def parse_args(argv=None):
             payload, _ = models.load_checkpoint(first.init_from)
         suited = "tiny" if data.is_builtin(first.data) else "standard"
         preset = payload["args"]["preset"] if payload else first.preset or suited
-        require(first.preset in (None, preset), first, "preset", f"--init-from has {preset}")
+        require(first.preset in (None, preset), first, "preset",
+                f"the run to start from has {preset}; leave the flag out")
         parser.set_defaults(preset=preset)
         # A preset of your own needs none.
         parser.set_defaults(**TRAINING_DEFAULTS.get(preset, TRAINING_DEFAULTS["standard"]))
     args = parser.parse_args(argv)
-    for name in ("data", "captions"):   # a run goes on from any folder
-        if getattr(args, name) and not data.is_builtin(getattr(args, name)):
-            setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
     if path:
         # These two are places: that their weights are the same is checked when they are loaded.
         config = models.config_of(payload, vae=first.vae, text_encoder=first.text_encoder)
@@ -208,7 +219,7 @@ def check_args(args, config, epochs):
         save_minutes=0, time_limit=0, lr=0, warmup_steps=0, weight_decay=0, snr_floor=0,
         min_snr_gamma=args.snr_floor or 0.01, max_grad_norm=1e-6, max_bad_images=(0, 1),
         val_fraction=(0, 0.99), ema_decay=(0, 0.999999), sample_guidance=(0, 100))
-    require(not (args.init_from and args.init_unet), args, "init_from", "or --init-unet, not both")
+    require("/" not in (args.name or ""), args, "name", "is part of a folder's name; no / in it")
     if args.cache_latents is not None:
         require(config.vae != "none", args, "cache_latents", "--vae none has no latents to cache")
         require(not args.random_crop, args, "cache_latents", "with --random-crop "
@@ -231,18 +242,17 @@ def make_config(args, payload):
     """The preset with the given model flags, and what --init-unet or --init-from, whose payload it
     is, says of itself."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-    config = replace(PRESETS[args.preset], **given)
-    if args.init_unet:
-        said = models.read_pipeline(args.init_unet, config)
-    elif payload:
-        said = asdict(models.config_of(payload, vae=args.vae, text_encoder=args.text_encoder))
-    else:
-        said = {}
+    config, said = PRESETS[args.preset], {}
+    if payload:
+        config = models.config_of(payload, vae=args.vae, text_encoder=args.text_encoder)
+        said = asdict(config)
+    elif args.init_unet:
+        said = models.read_pipeline(args.init_unet, replace(config, **given))
     for name, value in said.items():   # a UNet can draw at any size
         require(given.get(name, value) == value or name in ("resolution", "caption_dropout"), args,
                 name, f"the model to start from has {value}; leave the flag out")
     config = replace(config, **said | given)
-    if config.text_encoder != "builtin" or config.builtin_words:
+    if payload or config.text_encoder != "builtin":
         return config
     if data.is_builtin(args.data):
         return replace(config, builtin_words=data.VOCABULARY)
@@ -703,9 +713,9 @@ def tolerate(fault, what, writer=None):
 # What a run reports
 
 
-def print_start(args, model, source, order, counts, folder, dtype):
+def print_start(args, model, source, order, counts, folder, checkpoint, dtype):
     """Print, and return, what runs where and what was understood; `counts`: training and validation
-    images."""
+    images; `checkpoint`: that of a resumed run."""
     device, config, is_gpu = model.device, model.config, model.device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
     devices = data.gather(f"{device} ({name}) on {os.uname().nodename}")
@@ -714,6 +724,7 @@ def print_start(args, model, source, order, counts, folder, dtype):
     latents = " x ".join(map(str, model.codec.latent_shape))
     rows = {f"rank {rank}": device for rank, device in enumerate(devices)} | {
         "run folder": folder,
+        "starts from": checkpoint or args.init_from or args.init_unet or "random weights",
         "data": f"{args.data}: {counts[0]:,} training and {counts[1]:,} validation images",
         **source.report,
         "batch": f"{args.batch_size} = {len(devices)} processes x {args.accumulation} "
@@ -739,12 +750,14 @@ def end_run(args, state, folder, writer, prompt):
     """Leave the run folder and say, from the main rank, what can be done next."""
     if not writer:
         return
+    is_asked = (folder / "stop").exists()
     with tolerate(OSError, "curves could not be written"):
-        if state.epoch == args.epochs or state.step == args.max_steps:
+        if state.epoch == args.epochs or state.step >= (args.max_steps or math.inf):
             (folder / "stop").write_text(FINISHED)   # for whoever would start this again
         writer.close()
     if state.epoch < args.epochs:
-        print(f"stopped after {state.step} steps; to go on: train.py --resume {folder}")
+        by = f" by the file {folder}/stop" if is_asked else ""
+        print(f"stopped after {state.step} steps{by}; to go on: train.py --resume {folder}")
         return
     shown = "".join(filter(str.isprintable, prompt))   # a caption may hold a shell command
     print(f"finished: {folder}")
@@ -884,8 +897,8 @@ def main(argv=None):
                   fingerprint=source.fingerprint, args={
                       name: value for name, value in vars(args).items()
                       if name not in ("resume", "folder", "max_steps", "time_limit")})
-    said = print_start(args, model, source, order, (len(train_images), len(val_images)), folder,
-                       dtype)
+    counts = len(train_images), len(val_images)
+    said = print_start(args, model, source, order, counts, folder, checkpoint_path, dtype)
     # Held as long as main runs, the lock keeps other jobs out.
     writer, _lock = open_run_folder(folder, record, state.step, said, args.resume)
 

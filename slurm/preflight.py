@@ -146,7 +146,7 @@ def check_training(args, argv, device, steps_before):
     train.TrainingState, train.latent_loader = TriedState, blank_latents
     train.take_over = lambda folder: None   # NFS cannot remove a folder with an open file
     train.tolerate = lambda *_: nullcontext()   # what a run would survive fails here
-    train.end_run = lambda args, state, folder, writer, prompt: writer.close()
+    train.end_run = lambda args, state, folder, writer, prompt: writer and writer.close()
     is_main, folder = dist.get_rank() == 0, None
     if is_main:
         Path(args.runs).mkdir(parents=True, exist_ok=True)

@@ -457,7 +457,8 @@ def test_training_goes_on_from_another_run(tmp_path, photos):
                       "tiny", "--image-channels", 1, "--batch-size", 4, "--max-steps", 6,
                       "--workers", 0, "--ema-decay", 0.5)
     flags = ["--data", make_pictures(tmp_path / "other", count=12, seed=1), "--batch-size", 4,
-             "--val-fraction", 0, "--workers", 0, "--log-every", 1, "--device", "cpu"]
+             "--image-channels", 1, "--val-fraction", 0, "--workers", 0, "--log-every", 1,
+             "--device", "cpu"]
     tuned = train_run(tmp_path, *flags, "--init-from", start, "--max-steps", 2, "--lr", 1e-3)
     model, source = load_model(start), data.CaptionedImages(tmp_path / "other")
     images = np.arange(12)
@@ -470,13 +471,18 @@ def test_training_goes_on_from_another_run(tmp_path, photos):
     assert all(moments["step"] == 2 for moments in newest(tuned)["optimizer"]["state"].values())
     for more, said in (
             (["--token-length", "20"], "--token-length 20: the model to start from has 16; "),
-            (["--preset", "standard"], "--preset standard: --init-from has tiny"),
+            (["--preset", "standard"], "--preset standard: the run to start from has tiny; "),
+            (["--init-unet", "x"], "argument --init-unet: not allowed with argument --init-from"),
+            (["--resume", ""], "argument --resume: is empty"),
             (["--data", "shapes"], "--init-from: its text encoder lacks .* words .*background.*")):
         with pytest.raises(ValueError, match=f"^{said}"):
             train.main([*map(str, flags), "--init-from", str(start), *more])
+    again = ["--init-from", f"{start}/", "--folder", tuned, "--max-steps", 3]   # a restart
+    assert re.search(f"starts from  {tuned}/.*step00000002.pt", run_ok(
+        "train.py", *flags, *again).stdout)
     shutil.rmtree(start)
-    run_ok("train.py", "--resume", tuned, "--max-steps", 3)
-    assert newest(tuned)["step"] == 3
+    run_ok("train.py", "--resume", tuned, "--max-steps", 4)
+    assert newest(tuned)["step"] == 4
 
 
 def test_runs_are_compared_in_tensorboard(tmp_path):
@@ -526,10 +532,13 @@ MISTAKES = {   # what is given, and all that is said
     "--batch-size 9999": "--batch-size 9999: there are only 7782 .*use at most 7782",
     "--resume {bad}/nowhere": "checkpoint {bad}/nowhere: no such file or run folder",
     "--resume {bad}/empty": "checkpoint {bad}/empty: the folder holds no checkpoint.*",
-    "--resume {bad}/junk": "checkpoint {bad}/junk: none of the 1 files can be read",
+    "--resume {bad}/junk": "checkpoint {bad}/junk: none of the 1 files can be read; .*",
     "--resume {first}": "--resume {first}: .*epoch0009_step0009.pt.*add --folder.*",
     "--resume {run} --prediction-type epsilon": "--prediction-type eps.*{run}/.* has sample.*",
     "--resume {run} --seed 5": "--seed 5: .*{run}/.* has 0.*",
+    "--resume {run} --text-encoder {clip}": "--text-encoder {clip}: .* trained with builtin; .*",
+    "--init-from {run} --vae {vae}": "--vae {vae}: the model was trained with none; leave .*",
+    "--name a/b": "--name a/b: is part of a folder's name; no / in it",
 }
 
 
@@ -562,13 +571,13 @@ def test_mistakes_name_the_flag_the_value_and_the_fix(tmp_path, places, given):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag, said, processes, code", [
-    ("--data", "--data {}/igloo: no such folder, .zip or .tar", 1, 2),
-    ("--data", "--data {}/igloo: no such folder, .zip or .tar", 2, 1),
+    ("--data", "--data igloo: no such folder, .zip or .tar", 1, 2),
+    ("--data", "--data igloo: no such folder, .zip or .tar", 2, 1),
     ("--dota", "unrecognized arguments: --dota igloo; train.py --help lists the flags", 2, 1)])
 def test_a_mistake_is_said_once(tmp_path, flag, said, processes, code):
     """Rank 0 says it in one line, nobody hangs, and only torchrun shows a traceback."""
     done = launch("train.py", flag, "igloo", processes=processes, cwd=tmp_path, timeout=90)
-    assert errors(done.stderr) == [f"error: {said.format(tmp_path)}"]
+    assert errors(done.stderr) == [f"error: {said}"]
     assert "usage" not in done.stderr and done.returncode == code
     assert done.stderr.count("Traceback") == processes - 1
 
@@ -603,5 +612,5 @@ def test_a_batch_too_small_for_a_gpu_is_named(monkeypatch, capsys, device, flags
     model, order = Model(config), GlobalOrder(np.arange(2048), args.batch_size)
     model.device = torch.device(device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    train.print_start(args, model, BuiltinShapes(32, 8), order, (2048, 0), "run", None)
+    train.print_start(args, model, BuiltinShapes(32, 8), order, (2048, 0), "run", None, None)
     assert ("too small a batch to fill a GPU" in capsys.readouterr().out) == said
