@@ -262,10 +262,9 @@ class Files:
         except Exception as error:   # zipfile and tarfile raise a dozen kinds on damaged bytes
             raise ValueError(f"{flag} {path}: no folder, whole .zip or .tar (unpack a compressed "
                              f"one): {error}") from None
-        hidden = re.compile(r"(.*/)?(\.|__MACOSX).*", re.DOTALL)
+        names = [name for name in found if not re.search(r"(^|/)(\.|__MACOSX)", name)]
         # By name, so that a folder, a .zip and a .tar of it give the same samples.
-        self.names = sorted((name for name in found if not hidden.fullmatch(name)),
-                            key=lambda name: name.split("/"))
+        self.names = sorted(names, key=lambda name: name.split("/"))
         self.places = np.array([found[name] for name in self.names], np.int64).reshape(-1, 7)
 
     def keep(self, numbers):
@@ -495,7 +494,7 @@ class Table:
         self.is_beside = kind in SIDECARS
         self.name = f"{len(files):,} {kind} files" if self.is_beside else kind
         self.files, self.line = files, 0
-        self.split = split_of(kind.rpartition("/")[2]) if files else None
+        self.split = split_of(os.path.basename(kind))
         self.numbers = {}   # of images, by what they are called; None: which is not known
         self.captions, self.splits, self.faults = {}, {}, {}   # by number; by what is wrong
 
@@ -550,12 +549,12 @@ class Table:
 
 def choose(tables):
     """Those that name most images. Two that name the same image are never both taken."""
-    taken, covered = set(), set()
+    taken, covered = [], set()
     for table in sorted(tables, key=lambda table: -len(table.captions)):
         if covered.isdisjoint(table.captions):
-            taken.add(table)
+            taken.append(table)
             covered.update(table.captions)
-    return [table for table in tables if table in taken]
+    return sorted(taken, key=tables.index)
 
 
 def such_as(what, names):
@@ -588,10 +587,8 @@ class CaptionedImages:
                 raise ValueError(f"{what}: no captions of the images of --data {path}: "
                                  f"{unread or 'none is named'}; mend or drop it")
         taken = choose(tables) or [self._class_table(images, template, unread)]
-        texts, splits = {}, {}
-        for table in taken:
-            texts |= table.captions
-            splits |= {k: table.splits[k] for k in table.captions}
+        texts = {k: of_k for table in taken for k, of_k in table.captions.items()}
+        splits = {k: table.splits[k] for table in taken for k in table.captions}
         known = "train" in splits.values()
         splits = {k: known and (split or "train") for k, split in splits.items()}
         self.report = self._report(images, taken, texts, splits, max_missing)
@@ -654,11 +651,9 @@ class CaptionedImages:
             classes.setdefault(word, set()).add(os.path.basename(images.names[number]))
             table.captions[number] = [one_line(used.replace("{}", word.replace("_", " ")))]
             table.splits[number] = split
-        if "{}" not in used:
-            return table
-        if unread and not template:
+        if unread and template is None:
             reason = "{} may hold them ({})".format(*next(iter(unread.items())))
-        elif "" in classes or len(classes) < 2:
+        elif "{}" in used and ("" in classes or len(classes) < 2):
             reason = f"{min(classes[min(classes)])} is in no folder of one class among others"
         elif template is None and len(set(map(frozenset, classes.values()))) == 1:
             reason = "the folders hold files of the same names, as masks do"
@@ -675,12 +670,11 @@ class CaptionedImages:
                 if fix and len(examples) > max_missing * (len(texts) + len(examples)):
                     raise ValueError(f"--data {self.path}: {table.name}: {left_out[-1]}; {fix}, or "
                                      f"allow more with --max-bad-images, {max_missing} now")
+        without = [self.files.names[k] for k in images.names if k not in texts]
         used = set(chain.from_iterable(table.files for table in taken))
-        rest = {k: name for k, name in enumerate(self.files.names)
-                if k not in texts and name not in used}
-        without = [name for k, name in rest.items() if k in images.names]
-        aside = sorted((name for k, name in rest.items() if k not in images.names),
-                       key=lambda name: not name.lower().endswith(TEXT_SUFFIXES))
+        aside = [name for k, name in enumerate(self.files.names)
+                 if k not in images.names and name not in used]
+        aside.sort(key=lambda name: not name.lower().endswith(TEXT_SUFFIXES))
         left_out += [such_as("images without a caption", without)] if without else []
         left_out += [such_as("other files", aside)] if aside else []
         count, kinds = sum(map(len, texts.values())), Counter(splits.values())
