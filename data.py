@@ -169,7 +169,7 @@ SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items
 IMAGE_SUFFIXES, FORMATS = tuple(SUFFIXES), sorted(set(SUFFIXES.values()))
 SRGB = ImageCms.createProfile("sRGB")
 SIDECARS = (".txt", ".caption", ".json")   # beside an image of the same name
-UNREAD = (".json", ".parquet", ".arrow")   # what img2dataset writes beside a .txt, and tables
+UNREAD = (".parquet", ".arrow")            # tables that are named, but not read
 TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".token", ".json", ".jsonl", ".ndjson")
 # The file system's fault, not the file's.
 OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
@@ -241,20 +241,19 @@ class Files:
     read in place: all that is kept of them is where their files lie."""
 
     def __init__(self, path, flag="--data"):
-        self.root, plain = Path(path), []
-        self.archives = [self.root]
+        self.root, self.archives, plain = Path(path), [""], []   # archives: names below the root
         if self.root.is_dir():
-            plain = set(folder_files(str(self.root)))
+            plain = list(folder_files(str(self.root)))
             has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in plain)
-            shards = {name for name in plain if name.lower().endswith(".tar") and not has_images}
-            self.archives, plain = [self.root / name for name in sorted(shards)], plain - shards
+            self.archives = sorted(name for name in plain
+                                   if name.lower().endswith(".tar") and not has_images)
         elif self.root.suffix.lower() in TEXT_SUFFIXES:   # captions alone
-            self.root, plain, self.archives = self.root.parent, [self.root.name], []
-        found = {name: [-1] * 7 for name in plain}
+            self.root, self.archives, plain = self.root.parent, [], [self.root.name]
+        found = {name: [-1] * 7 for name in set(plain).difference(self.archives)}
         try:
             for number, archive in enumerate(self.archives):
-                shard = f"{archive.relative_to(self.root)}/" if self.root.is_dir() else ""
-                for name, *place in archive_files(archive):
+                shard = archive and f"{archive}/"
+                for name, *place in archive_files(self.root / archive):
                     name = name.replace("\\", "/").removeprefix("./")
                     found[shard + name] = [number, *place]
         except FileNotFoundError:
@@ -267,11 +266,6 @@ class Files:
         self.names = sorted(names, key=lambda name: name.split("/"))
         self.places = np.array([found[name] for name in self.names], np.int64).reshape(-1, 7)
 
-    def keep(self, numbers):
-        """Forget all files but these. They are numbered anew, in this order."""
-        self.names = PackedStrings(self.names[k] for k in numbers)
-        self.places = self.places[numbers]
-
     def open(self, number):
         """A file for reading bytes. Nothing but the listed files is ever opened."""
         archive, *place = map(int, self.places[number])
@@ -280,7 +274,7 @@ class Files:
             if path.exists() and not path.is_file():
                 raise ValueError("no ordinary file")
             return open(path, "rb")
-        file = open_archive(self.archives[archive], os.getpid())
+        file = open_archive(self.root / self.archives[archive], os.getpid())
         member = zipfile.ZipInfo()
         for field, value in zip(PLACE, place):
             setattr(member, field, value)
@@ -294,9 +288,6 @@ class Files:
             raise ValueError("unfolds to over 100 times its size: a zip bomb")
         file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)   # its name, and more
         return zipfile.ZipExtFile(file, "r", member)
-
-    def open_text(self, number):
-        return io.TextIOWrapper(self.open(number), "utf-8-sig", "replace", newline="")
 
 
 # Captions
@@ -364,37 +355,31 @@ def shorten(path, suffixed, parts):
     return "/".join(path.split("/")[-parts:])
 
 
-def path_parts(name):
-    """A file's folder with a slash, or "", its name, and its suffix in lower case."""
-    folder, slash, name = name.rpartition("/")
-    stem, suffix = os.path.splitext(name)
-    return folder + slash, stem, suffix.lower()
-
-
 class ImageNames:
     """Finds images, by their numbers among all files, from what captions files call them."""
 
     def __init__(self, names):
         self.names = {k: unicodedata.normalize("NFC", name) for k, name in enumerate(names)
                       if name.lower().endswith(IMAGE_SUFFIXES)}
-        self.folders = {name[:name.rfind("/") + 1] for name in self.names.values()}   # "" or "a/"
-        places = splits_and_classes({folder[:-1] for folder in self.folders})
-        self.places = {k: places[name.rpartition("/")[0]] for k, name in self.names.items()}
-        self.parts = set(chain.from_iterable(folder.split("/") for folder in self.folders))
+        self.folders = splits_and_classes(set(map(os.path.dirname, self.names.values())))
+        self.places = {k: self.folders[os.path.dirname(name)] for k, name in self.names.items()}
+        self.parts = {"", *chain.from_iterable(folder.split("/") for folder in self.folders)}
         self.tables = {}
 
-    def find(self, written, folder=""):
-        """The number of the image that a file in `folder` calls so, or None.
+    def find(self, written, file=""):
+        """The number of the image that a captions file calls so, or None.
 
         It is looked for beside the file, by its last folder and name and by its name alone; then
         without suffixes. Nothing written is contradicted: one of both paths ends with the other.
         Where images lie beside the file no others are meant.
         """
         written = written.strip().replace("\\", "/").removeprefix("./")
-        folder, written = (unicodedata.normalize("NFC", path) for path in (folder, written))
-        within = folder if folder in self.folders else ""
+        file, written = (unicodedata.normalize("NFC", path) for path in (file, written))
+        folder = os.path.dirname(file)
+        path = os.path.join(folder, written)
+        within = os.path.join(folder, "") if folder in self.folders else ""
         for suffixed, parts in product((True, False), (0, 2, 1)):
-            number = self._table(suffixed, parts).get(shorten(folder + written, suffixed, parts))
+            number = self._table(suffixed, parts).get(shorten(path, suffixed, parts))
             if number is not None and self.names[number].startswith(within):
                 listed, meant = (f"/{shorten(path, suffixed, 0)}"
                                  for path in (self.names[number], written))
@@ -501,13 +486,13 @@ class Table:
     def read(self, images, file, text, wanted):
         """Add the captions in a file. Raises: many kinds of errors where it is damaged, LookupError
         where it is no captions file."""
-        folder, stem, suffix = path_parts(file)
+        stem, suffix = os.path.splitext(os.path.basename(file))
         if self.is_beside:
-            return self._add(images, folder, stem, filter(str.strip, text))
+            return self._add(images, file, stem, filter(str.strip, text))
         keys = None
         lines = (line for self.line, line in enumerate(text, 1))   # in which a fault is met
-        for row in (read_json(lines, suffix == ".json") if "json" in suffix
-                    else read_table(lines, partial(images.find, folder=folder), wanted)):
+        for row in (read_json(lines, suffix.lower() == ".json") if "json" in suffix.lower()
+                    else read_table(lines, partial(images.find, file=file), wanted)):
             row = {str(key).strip().lower(): value for key, value in row.items()}
             keys = keys or row and pick_keys(list(row), wanted)
             if not keys or keys[0] not in row:
@@ -517,15 +502,15 @@ class Table:
             if keys[0] == "filename" and "filepath" in row:   # Karpathy's COCO
                 written = f"{row['filepath']}/{written}"
             texts = [text for key in keys[1] for text in texts_in(row.get(key))]
-            self._add(images, folder, written, texts, split_of(str(row.get("split"))))
+            self._add(images, file, written, texts, split_of(str(row.get("split"))))
         if keys and keys[2]:
             self.name += f" ({keys[1][0]}; --caption-column {keys[2][0]} takes the other)"
 
-    def _add(self, images, folder, written, texts, split=None):
-        """The captions of the image that a file in `folder` calls so."""
-        path = folder + written
+    def _add(self, images, file, written, texts, split=None):
+        """The captions of the image that a file calls so."""
+        path = os.path.join(os.path.dirname(file), written)
         if path not in self.numbers:
-            number = images.find(written, folder)
+            number = images.find(written, file)
             if number in self.splits:   # of two names for one image, one means another
                 number = None
             elif number is not None:
@@ -594,8 +579,9 @@ class CaptionedImages:
         self.report = self._report(images, taken, texts, splits, max_missing)
         texts = {k: of_k for k, of_k in texts.items() if splits[k] != "test"}
         self.validation = np.flatnonzero([splits[k] == "val" for k in texts])   # the data's own
-        self.files.keep(list(texts))
-        self.names = self.files.names
+        # All other files are forgotten, and these numbered anew.
+        self.names = self.files.names = PackedStrings(listed[k] for k in texts)
+        self.files.places = self.files.places[list(texts)]
         self.texts = PackedStrings(chain.from_iterable(texts.values()))
         self.first = np.cumsum([0, *map(len, texts.values())])   # image i's first text
         self.fingerprint = hash_of([self.names.buffer, self.names.ends, self.texts.buffer,
@@ -608,19 +594,20 @@ class CaptionedImages:
                    if name.lower().endswith(TEXT_SUFFIXES + UNREAD)}
         groups, tables, unread, covered = {}, [], {}, set()
         for name in sorted(numbers, key=reading_order):
-            folder, stem, suffix = path_parts(name)
-            is_beside = (suffix in SIDECARS and not USUAL.fullmatch(name)
-                         and images.find(stem, folder) is not None)
-            groups.setdefault(suffix if is_beside else name, []).append(name)
+            stem, suffix = os.path.splitext(os.path.basename(name))
+            is_beside = (suffix.lower() in SIDECARS and not USUAL.fullmatch(name)
+                         and images.find(stem, name) is not None)
+            groups.setdefault(suffix.lower() if is_beside else name, []).append(name)
         for kind, files in groups.items():
             if len(covered) == len(images.names):
                 break
             table, name, start = Table(kind, files), files[0], None
             try:
-                if kind.lower().endswith(UNREAD[1:]) or kind == UNREAD[0]:
+                if kind == ".json" or kind.lower().endswith(UNREAD):   # .json: of img2dataset
                     raise LookupError("not read")
                 for name in files:
-                    with source.open_text(numbers[name]) as text:
+                    file = source.open(numbers[name])
+                    with io.TextIOWrapper(file, "utf-8-sig", "replace", newline="") as text:
                         start = text.read(4096)
                         text.seek(0)
                         table.read(images, name, text, column)
@@ -732,8 +719,7 @@ def read_image(file, channels, side, place=(0.5, 0.5)):
     """
     image = Image.open(file, formats=FORMATS)
     image.draft("RGB", (2 * side, 2 * side))   # JPEG: decode small, never below twice the target
-    image = ImageOps.exif_transpose(image)
-    image = in_srgb(image)
+    image = in_srgb(ImageOps.exif_transpose(image))
     if image.mode[0] in "IF":
         image = Image.fromarray(in_8_bits(np.asarray(image), image.mode))
     if image.has_transparency_data:
@@ -790,13 +776,10 @@ def open_source(data, resolution, *how):
 def split_images(source, val_fraction):
     """(training, validation) image numbers, ascending: the data's own split or a fixed random one
     that depends on the count alone, not on the seed."""
-    count = len(source)
-    if len(source.validation):
-        own = np.isin(np.arange(count), source.validation)
-        return np.flatnonzero(~own), np.flatnonzero(own & (val_fraction > 0))
-    order = counter_rng("split", count).permutation(count)
-    held = round(count * val_fraction)
-    return np.sort(order[held:]), np.sort(order[:held])
+    count, held = len(source), source.validation
+    if not len(held):
+        held = counter_rng("split", count).permutation(count)[:round(count * val_fraction)]
+    return np.setdiff1d(np.arange(count), held), np.sort(held if val_fraction else held[:0])
 
 
 def image_loader(source, config):
@@ -814,8 +797,7 @@ def first_readable(load, images, index):
     """(number, load(number)) of image `index` or, where it cannot be read, of the first after it in
     the ascending array `images` that can: a choice of the data alone. Raises: ValueError."""
     start, most = np.searchsorted(images, index), min(100, len(images))
-    for k in range(start, start + most):
-        number = int(images[k % len(images)])
+    for number in images.take(range(start, start + most), mode="wrap").tolist():
         with suppress(UnreadableImage):
             return number, load(number)
     raise ValueError(f"--data: none of {most} images from number {index} on can be read; repair or "
@@ -1052,11 +1034,9 @@ def setup_processes(device="auto"):
     local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")   # loader workers are forked
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if gpus and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this build of PyTorch cannot use the GPU; install "
-                         "one for the CUDA version that nvidia-smi shows, or use --device cpu")
-    if device == "cuda" and not gpus:
-        raise ValueError("--device cuda: PyTorch sees no GPU; see nvidia-smi, or use --device cpu")
+    if (gpus or device == "cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch cannot use a GPU here; install a build for "
+                         "the CUDA version that nvidia-smi shows, or use --device cpu")
     fix = f"start with torchrun --nproc_per_node={gpus}"
     if gpus and local_size > gpus:
         raise ValueError(f"--nproc_per_node={local_size}: only {gpus} GPUs are visible here; {fix}")
