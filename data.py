@@ -954,13 +954,14 @@ def cache_latents(folder, source, config, latent_shape, encode, write, flip=Fals
     """
     count, rank, ranks = len(source), dist.get_rank(), dist.get_world_size()
     size = min(256, max(16, count // 64))   # images a file: depends on the count alone
+    everything = np.arange(count)
     for leftover in folder.glob(".*.tmp") if rank == 0 else ():
         with suppress(FileNotFoundError):   # of a killed job: a file is written in seconds
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
     shape, load_image = (1 + flip, 2, *latent_shape), image_loader(source, config)
-    files = {folder / f"latents_{start // size:05d}.npy": range(start, min(start + size, count))
-             for start in range(0, count, size)}
+    files = {folder / f"latents_{k:05d}.npy": numbers
+             for k, numbers in enumerate(in_batches(range(count), size))}
     # One answer for all, also where another job is at work.
     missing = gather([p for p in files if open_latents(p, len(files[p]), shape) is None])[0]
     needed = 2 * int(np.prod(shape)) * sum(len(files[path]) for path in missing)
@@ -968,22 +969,18 @@ def cache_latents(folder, source, config, latent_shape, encode, write, flip=Fals
         raise ValueError(f"--cache-latents {folder}: needs {needed / 2**30:.1f} GiB, "
                          f"{free / 2**30:.1f} GiB are free; name another folder")
 
-    def load_or_blank(i):
-        with suppress(UnreadableImage):
-            return load_image(i) | dict(number=i, readable=True)
-        blank = np.zeros((config.resolution, config.resolution, config.image_channels), np.uint8)
-        return dict(image=blank, number=i, readable=False)
+    def load_or_next(i):
+        number, loaded = first_readable(load_image, everything, i)
+        return dict(loaded, number=i, readable=number == i)
 
-    batches = [files[path][start:start + batch_size] for path in missing[rank::ranks]
-               for start in range(0, len(files[path]), batch_size)]
-    loader = iter(make_loader(OnDemand(load_or_blank), batches, workers=workers))
+    batches = {path: in_batches(files[path], batch_size) for path in missing[rank::ranks]}
+    loader = iter(make_loader(OnDemand(load_or_next), [*chain(*batches.values())], workers=workers))
     # Ranks write a file each and then wait for each other, so that nobody waits for long.
     for start in tqdm(range(0, len(missing), ranks), desc="caching latents", unit="file",
                       disable=rank > 0 or not missing):
         for path in missing[start:start + ranks][rank:rank + 1]:
-            parts = range(0, len(files[path]), batch_size)
-            moments = np.concatenate([encoded(encode, next(loader), flip) for _ in parts])
-            write(path, lambda file: np.save(file, moments))
+            moments = [encoded(encode, next(loader), flip) for _ in batches[path]]
+            write(path, lambda file: np.save(file, np.concatenate(moments)))
         gather(None)
     chunks = [open_latents(path, len(numbers), shape) for path, numbers in files.items()]
     if any(chunk is None for chunk in chunks):
@@ -1084,11 +1081,14 @@ def all_or_none():
         raise kind(text)
 
 
+def in_batches(numbers, batch_size):
+    return [numbers[start:start + batch_size] for start in range(0, len(numbers), batch_size)]
+
+
 def rank_batches(count, batch_size):
     """This rank's numbers of 0, 1, ... count - 1 in batches. Number i belongs to rank i mod
     world_size, so that each is on exactly one rank."""
-    mine = range(dist.get_rank(), count, dist.get_world_size())
-    return [list(mine[start:start + batch_size]) for start in range(0, len(mine), batch_size)]
+    return in_batches([*range(dist.get_rank(), count, dist.get_world_size())], batch_size)
 
 
 def interleave(parts):
