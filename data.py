@@ -622,8 +622,7 @@ class CaptionedImages:
                     raise ValueError(f"--data {self.path}: {name} is not as expected: "
                                      f"{type(error).__name__}: {reason}") from None
                 words = re.findall(r"[\w./-]{4,}", start or "")
-                if start is None or table.numbers or any(
-                        images.find(word) is not None for word in words):
+                if start is None or table.numbers or set(map(images.find, words)) - {None}:
                     unread[name] = reason
         return tables, unread
 
