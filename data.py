@@ -375,11 +375,10 @@ class ImageNames:
         """
         written = written.strip().replace("\\", "/").removeprefix("./")
         file, written = (unicodedata.normalize("NFC", path) for path in (file, written))
-        folder = os.path.dirname(file)
-        path = os.path.join(folder, written)
-        within = os.path.join(folder, "") if folder in self.folders else ""
+        folder = file[:file.rfind("/") + 1]   # "" or with its slash
+        within = folder if folder[:-1] in self.folders else ""
         for suffixed, parts in product((True, False), (0, 2, 1)):
-            number = self._table(suffixed, parts).get(shorten(path, suffixed, parts))
+            number = self._table(suffixed, parts).get(shorten(folder + written, suffixed, parts))
             if number is not None and self.names[number].startswith(within):
                 listed, meant = (f"/{shorten(path, suffixed, 0)}"
                                  for path in (self.names[number], written))
@@ -508,15 +507,15 @@ class Table:
 
     def _add(self, images, file, written, texts, split=None):
         """The captions of the image that a file calls so."""
-        path = os.path.join(os.path.dirname(file), written)
-        if path not in self.numbers:
+        key = file if self.is_beside else written
+        if key not in self.numbers:
             number = images.find(written, file)
             if number in self.splits:   # of two names for one image, one means another
                 number = None
             elif number is not None:
                 self.splits[number] = split or images.places[number][0] or self.split
-            self.numbers[path] = number
-        number, fault = self.numbers[path], None
+            self.numbers[key] = number
+        number, fault = self.numbers[key], None
         texts = [one_line(text) for text in texts]
         kept = [text for text in texts if text.lower() not in ("", "nan")]
         if number is None:
