@@ -697,7 +697,7 @@ class CaptionedImages:
                 with self.files.open(i) as file:
                     return use(file)
             except Exception as error:   # Pillow and zipfile raise a dozen kinds on damaged bytes
-                if self.path.exists() and getattr(error, "errno", None) not in OUT_OF_REACH:
+                if os.path.exists(self.path) and getattr(error, "errno", None) not in OUT_OF_REACH:
                     raise UnreadableImage(f"--data {self.path}: {self.names[i]!r} cannot be read "
                                           f"as an image ({error}); repair or remove it") from None
                 warnings.warn(f"--data {self.path}: out of reach ({error}); trying again for a "
