@@ -123,8 +123,7 @@ def add_training_flags(parser):
     add("--accumulation", type=int, default=1, help="micro-batches per update")
     add("--lr", type=float, help="AdamW's peak learning rate")
     add("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
-    add("--lr-schedule", choices=("constant", "cosine", "decay"),
-        help="decay: constant, then linear to 0 in the last fifth")
+    add("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: in the last fifth")
     add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"),
         help="AdamW's averages of the gradient and of its square")
     add("--weight-decay", type=float, default=0.01, help="AdamW's")
@@ -238,7 +237,7 @@ def check_schedule(config):
             "v_prediction or sample, or another --beta-schedule")
 
 
-def make_config(args, payload):
+def make_config(args, payload=None):
     """The preset with the given model flags, and what --init-unet or --init-from, whose payload it
     is, says of itself."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
