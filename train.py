@@ -92,7 +92,7 @@ def make_parser():
     add("--caption-column", metavar="NAME", help="the column or key with the captions")
     add("--caption-template", metavar="TEXT", help="captions for images without: {} stands for the "
         "folder's name; text without {} is every image's caption, an empty one is no caption")
-    add("--max-bad-images", type=float, default=0.01, help="stop if more of them cannot be read")
+    add("--max-bad-images", type=float, default=0.01, help="stop if a larger share is unreadable")
     add("--val-fraction", type=float, default=0.05, help="share held out for validation")
     add("--random-crop", **SWITCH, help="crop at random along the long side, not at the centre")
     add("--flip", **SWITCH, help='mirror half of the images; off because captions say "left"')
@@ -200,8 +200,11 @@ def parse_args(argv=None):
         stored = payload["args"] | asdict(config)
         for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", "init_from",
                      *MODEL_FLAGS):
-            require(getattr(args, name) in (None, stored.get(name)), args, name, f"the checkpoint "
-                    f"{path} has {stored.get(name)}; leave the flag out, or start a new run")
+            now, then = getattr(args, name), stored.get(name)
+            if isinstance(then, str) and then != now:   # older checkpoints have relative paths
+                then = place(then)
+            require(now in (None, then), args, name, f"the checkpoint {path} has {then}; leave the "
+                    "flag out, or start a new run")
     else:
         config = make_config(args, payload)
         if not payload:

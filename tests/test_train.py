@@ -2,6 +2,7 @@
 stops and clear errors."""
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -173,12 +174,14 @@ def test_a_run_is_a_plain_loop(plain_loop, tmp_path, processes, flags, tolerance
 
 
 def write_old_format(run):
-    """The newest checkpoint again, as the version before this one wrote it."""
+    """The newest checkpoint again, as older versions wrote it, with paths as they were given."""
     payload, path = load_checkpoint(run)
     for name in ("fingerprint", "logged_step", "recent"):
         del payload[name]
     payload |= dict(ema=dict(payload["ema"]), scaler={}, data="a hash made in another way")
     payload["args"] |= dict(max_bad_steps=20)
+    for place in ("vae", "text_encoder"):
+        payload["args"][place] = payload["config"][place] = os.path.relpath(payload["args"][place])
     torch.save(payload, path.with_suffix(".new"))   # the old one is mapped into memory
     path.with_suffix(".new").rename(path)
 
