@@ -671,10 +671,10 @@ def take_over(folder):
     return lock
 
 
-def open_run_folder(folder, record, step, start, resume):
+def open_run_folder(folder, record, step, start, keeps_stop):
     """(SummaryWriter, lock) of the run folder, for the main rank, or (None, None); start: see
-    print_start. A file `stop` that a user made is obeyed, also if this run has just started, unless
-    --resume asks to go on; one of a finished run says so."""
+    print_start; keeps_stop: whether to obey a file `stop` that a user has made already, as is right
+    for jobs that start by themselves. One of a finished run says so, and goes."""
     if dist.get_rank() > 0:
         return None, None
     lock = take_over(folder)
@@ -682,7 +682,7 @@ def open_run_folder(folder, record, step, start, resume):
     threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
                             or threading.__excepthook__(died))
     with suppress(FileNotFoundError):
-        if resume or (folder / "stop").read_text() == FINISHED:
+        if not keeps_stop or (folder / "stop").read_text() == FINISHED:
             (folder / "stop").unlink()
     writer = SummaryWriter(folder, purge_step=step + 1)
     text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
@@ -902,7 +902,7 @@ def main(argv=None):
     counts = len(train_images), len(val_images)
     said = print_start(args, model, source, order, counts, folder, checkpoint_path, dtype)
     # Held as long as main runs, the lock keeps other jobs out.
-    writer, _lock = open_run_folder(folder, record, state.step, said, args.resume)
+    writer, _lock = open_run_folder(folder, record, state.step, said, args.folder)
 
     max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)
