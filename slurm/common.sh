@@ -10,8 +10,7 @@ export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 
 command -v torchrun > /dev/null || { echo "error: no torchrun: activate your environment in slurm/common.sh" >&2; return 1; }
 export HF_HUB_OFFLINE=1 TORCH_HOME="$HF_HOME/torch"   # compute nodes have no internet
-export RDMAV_FORK_SAFE=1 FI_EFA_FORK_SAFE=1           # loader workers are forked beside InfiniBand and EFA
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # torchrun's own value, without its notice
+export RDMAV_FORK_SAFE=1 FI_EFA_FORK_SAFE=1 OMP_NUM_THREADS=1   # loader workers are forked beside InfiniBand and EFA; no notice of torchrun
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300             # how long torchrun lets its processes save after a SIGTERM; 30 before PyTorch 2.12
 trap '' USR1                                          # --signal=B:USR1@60 would end the script
 

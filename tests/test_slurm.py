@@ -174,7 +174,7 @@ def test_what_is_not_put_back_in_the_queue(slurm, flags):
     slurm.finish(stops, "COMPLETED")
     assert newest(run_of(slurm, stops))["step"] > 0
     slurm.finish(fails, "FAILED")
-    assert "/nowhere: no such folder, .zip or .tar" in slurm.log(fails)
+    assert "error: --data nowhere: no such folder, .zip or .tar" in slurm.log(fails)
 
 
 def test_preempted_while_starting(slurm, plain, flags):
