@@ -458,7 +458,7 @@ def test_training_goes_on_from_another_run(tmp_path, photos):
     that contradicts, another preset and words that the vocabulary lacks are refused by name."""
     start = train_run(tmp_path, *TINY, "--data", photos, "--text-encoder", "builtin", "--preset",
                       "tiny", "--image-channels", 1, "--batch-size", 4, "--max-steps", 6,
-                      "--workers", 0, "--ema-decay", 0.5)
+                      "--workers", 0, "--ema-decay", 0.5, "--pixel-unshuffle", 2)
     flags = ["--data", make_pictures(tmp_path / "other", count=12, seed=1), "--batch-size", 4,
              "--image-channels", 1, "--val-fraction", 0, "--workers", 0, "--log-every", 1,
              "--device", "cpu"]
@@ -472,6 +472,8 @@ def test_training_goes_on_from_another_run(tmp_path, photos):
     assert scalars(tuned, "train/loss")[1] == pytest.approx(expected, rel=1e-4)
     assert newest(tuned)["config"] == newest(start)["config"]
     assert all(moments["step"] == 2 for moments in newest(tuned)["optimizer"]["state"].values())
+    other = train.parse_args(["--init-from", str(start), "--resolution", "18"])[1]
+    assert other == replace(load_model(start).config, resolution=18)   # no multiple of tiny's 4
     for more, said in (
             (["--token-length", "20"], "--token-length 20: the model to start from has 16; "),
             (["--preset", "standard"], "--preset standard: the run to start from has tiny; "),
