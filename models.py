@@ -302,7 +302,7 @@ def with_words(config, captions, most=5000):
         return config
     split, known = pre_tokenizers.Whitespace().pre_tokenize_str, config.builtin_words
     words = sorted({word for caption in captions for word, _ in split(caption.lower())})
-    if known and (unknown := [word for word in words if word not in known]):
+    if known and (unknown := sorted(set(words) - set(known))):
         raise ValueError(f"--init-from: its text encoder lacks {len(unknown)} words of these "
                          f"captions, such as {', '.join(map(repr, unknown[:9]))}; start from "
                          "nothing, or from a run on captions that have them")
@@ -675,7 +675,7 @@ class Model:
 
 def config_of(payload, **places):
     """A checkpoint's ModelConfig. `places`: vae and text_encoder, where they have moved. Raises:
-    ValueError where one that is a file stands for one that is none, or the other way round."""
+    ValueError where one of them would replace "none" or "builtin", or the other way round."""
     config = ModelConfig(**payload["config"])
     moved = {name: place for name, place in places.items() if place}
     for name, place in moved.items():

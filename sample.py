@@ -441,7 +441,7 @@ def main():
         if args.steps_strip:
             make_strip(model, prompts[0], **how).save(output / "steps.png")
         overviews = ", ".join(name for name in OVERVIEWS if (output / name).exists())
-        print(f"{len(paths)} pictures in {output}, the first {len(first)} in {overviews}")
+        print(f"{len(paths)} pictures in {output}; overviews: {overviews}")
 
 
 if __name__ == "__main__":
