@@ -1,4 +1,4 @@
-"""From a file to networks: configuration, noise schedule, frozen networks, UNet, checkpoints.
+"""From a file to networks: noise schedule, configuration, frozen networks, UNet, checkpoints.
 
     model = load_model("runs/run_20250131_120000", device="cuda")   # a run folder or checkpoint
 
@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -55,6 +55,134 @@ def cosine(T):
 
 BETA_SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine}
 
+
+def rescale_zero_terminal_snr(alphas_cumprod):
+    """Shift and scale sqrt(alpha_bar) so that its last value is 0 and its first stays:
+    Lin et al. 2024, Algorithm 1."""
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+class NoiseSchedule:
+    """The forward process q(x_t | x_0) and what follows from it in closed form.
+
+    `t` is an int64 tensor (B,), one timestep per sample (training), or one Python int for the whole
+    batch (sampling). The int -1 stands for the clean end, where alpha_bar is 1.
+    """
+
+    def __init__(self, config, device="cpu"):
+        betas = BETA_SCHEDULES[config.beta_schedule](config.num_train_timesteps)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        if config.zero_terminal_snr:
+            alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
+        previous = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+        # To plot, and for the loss; each (T,) float64.
+        self.betas = 1 - alphas_cumprod / previous
+        self.posterior_variance = self.betas * (1 - previous) / (1 - alphas_cumprod)
+        self.snr = (alphas_cumprod / (1 - alphas_cumprod)).to(device)
+        self.alphas_cumprod = alphas_cumprod.to(device)
+        # For an int t, on the CPU: the GPU need not be waited for. The 1 at the end is for t = -1.
+        self.scalars = F.pad(alphas_cumprod, (0, 1), value=1.0)
+        self.num_train_timesteps = config.num_train_timesteps
+        self.prediction_type = config.prediction_type
+
+    def alpha_bar(self, t):
+        """alpha_bar_t in float64: (B, 1, 1, 1) for timesteps (B,), a scalar for an int."""
+        if isinstance(t, int):
+            return self.scalars[t]
+        return self.alphas_cumprod[t][:, None, None, None]
+
+    def scales(self, t, dtype):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t). Rounded to the dtype last: in float32
+        1 - alpha_bar_t would lose its digits near t = 0."""
+        alpha_bar_t = self.alpha_bar(t)
+        return alpha_bar_t.sqrt().to(dtype), (1 - alpha_bar_t).sqrt().to(dtype)
+
+    def add_noise(self, x_0, eps, t):
+        """A sample of q(x_t | x_0): Ho et al. 2020, Eq. 4."""
+        signal, noise = self.scales(t, x_0.dtype)
+        return signal * x_0 + noise * eps
+
+    def target(self, x_0, eps, t):
+        """What the network is trained to output: eps, v (Salimans & Ho 2022, section 4) or x_0."""
+        if self.prediction_type == "epsilon":
+            return eps
+        if self.prediction_type == "sample":
+            return x_0
+        signal, noise = self.scales(t, x_0.dtype)
+        return signal * eps - noise * x_0
+
+    def predict_x0(self, output, x_t, t):
+        """x_0 from the network's output: Ho et al. 2020, Eq. 15 (epsilon); Salimans & Ho 2022,
+        appendix D (v)."""
+        if self.prediction_type == "sample":
+            return output
+        signal, noise = self.scales(t, x_t.dtype)
+        if self.prediction_type == "epsilon":
+            return (x_t - noise * output) / signal
+        return signal * x_t - noise * output
+
+    def predict_eps(self, x_0, x_t, t):
+        """The noise that explains x_t, given x_0: Ho et al. 2020, Eq. 4 solved for eps."""
+        signal, noise = self.scales(t, x_t.dtype)
+        return (x_t - signal * x_0) / noise
+
+    def posterior(self, x_0, x_t, t, t_prev):
+        """Mean and variance of q(x_{t_prev} | x_t, x_0), for any t_prev < t: Ho et al. 2020,
+        Eqs. 6 and 7.
+
+        With t_prev = t - 1 these are the paper's; a longer stride uses
+        alpha_t = alpha_bar_t / alpha_bar_{t_prev} (Nichol & Dhariwal 2021, section 4).
+        """
+        alpha_bar_t, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
+        alpha_t = alpha_bar_t / alpha_bar_prev
+        beta_t = 1 - alpha_t
+        mean = (alpha_bar_prev.sqrt() * beta_t * x_0
+                + alpha_t.sqrt() * (1 - alpha_bar_prev) * x_t) / (1 - alpha_bar_t)
+        return mean, beta_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+
+    def loss_weight(self, t, min_snr_gamma=None, snr_floor=None):
+        """Weight of each sample's squared error in the network's own target, (B,) float32.
+
+        With neither bound it is 1: the "simple" loss, Ho et al. 2020, Eq. 14. Otherwise the x_0
+        error has the weight w = min(max(SNR, snr_floor), min_snr_gamma). The upper bound is
+        min-SNR of Hang et al. 2023, the lower one truncated SNR of Salimans & Ho 2022. That is
+        w / SNR for the error in eps, and w / (SNR + 1) for the error in v.
+        """
+        if min_snr_gamma is None and snr_floor is None:
+            return torch.ones(t.shape, device=t.device)
+        snr = self.snr[t]
+        w = snr.clamp(min=snr_floor, max=min_snr_gamma)
+        if self.prediction_type == "epsilon" and snr_floor is None:
+            w = (min_snr_gamma / snr).clamp(max=1)   # w / SNR, which is 1 where the SNR is 0
+        elif self.prediction_type == "epsilon":
+            w = w / snr
+        elif self.prediction_type == "v_prediction":
+            w = w / (snr + 1)
+        return w.float()
+
+
+def apply_unet(unet, config, x_t, t, text_emb):
+    """The network's output, (B, C, h, w): eps, v or x_0 by config.prediction_type.
+
+    Pooled text enters diffusers' UNet as `class_labels`, which it adds to the timestep embedding.
+    """
+    pooled = text_emb.mean(dim=1) if config.pooled_text else None
+    return unet(x_t, t, text_emb, class_labels=pooled, return_dict=False)[0]
+
+
+@torch.no_grad()
+def update_ema(averages, weights, step, decay):
+    """ema <- ema + (1 - decay) (weights - ema), after optimizer update number `step`; both lists of
+    tensors, in one fused pass. The decay warms up as min(decay, (1 + step) / (10 + step)), to
+    forget the first weights."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+# Whoever reads for the method may stop here; the rest is the networks and how they are kept.
+
+
 # Configuration
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -77,9 +205,17 @@ def check_ranges(flags, **ranges):
         require(all(v is None or low <= v <= high for v in values), flags, name, fix)
 
 
-def model_flag(default, text, **more):
-    """A field of ModelConfig that is a flag of train.py too, with this help."""
+def flag(default, text, **more):
+    """A field of a configuration that is a command-line flag too, with this help."""
     return field(default=default, metadata=dict(help=text, **more))
+
+
+def place(text):
+    """A path is made absolute, since a run goes on from any folder. A name stays as it is."""
+    if not text:
+        raise ValueError(text)
+    path = os.path.abspath(os.path.expanduser(text))
+    return path if os.path.exists(path) and text not in ("shapes", "builtin", "none") else text
 
 
 @dataclass(frozen=True)
@@ -87,31 +223,29 @@ class ModelConfig:
     """What the model is. It travels in every checkpoint, so sampling needs no model flags."""
 
     unet: dict = field(default_factory=dict)            # keyword arguments of UNet2DConditionModel
-    resolution: int = model_flag(256, "side of the square images, in pixels")
-    image_channels: int = model_flag(3, "3: RGB; 1: greyscale, with --vae none", choices=(1, 3))
-    text_encoder: str = model_flag("openai/clip-vit-base-patch32", "CLIP: hub id or local folder")
+    resolution: int = flag(256, "side of the square images, in pixels")
+    image_channels: int = flag(3, "3: RGB; 1: greyscale, with --vae none", choices=(1, 3))
+    text_encoder: str = flag("openai/clip-vit-base-patch32", "CLIP: hub id or folder; or builtin",
+                             type=place)
     builtin_words: list = field(default_factory=list)   # vocabulary of --text-encoder builtin
-    token_length: int = model_flag(77, "tokens per caption, padded or cut to this; 16 to 77")
-    pooled_text: bool = model_flag(False, "add the mean token feature to the timestep embedding")
-    vae: str = model_flag("stabilityai/sdxl-vae", 'hub id, folder or, for pixel space, "none"')
-    pixel_unshuffle: int = model_flag(1, "in pixel space, fold p x p pixels into the channels")
-    num_train_timesteps: int = model_flag(1000, "T, the number of noise levels")
-    beta_schedule: str = model_flag("scaled_linear", "how the noise grows", choices=BETA_SCHEDULES)
-    zero_terminal_snr: bool = model_flag(False, "make x_T pure noise (Lin et al. 2024)")
-    prediction_type: str = model_flag("epsilon", "what the network predicts",
-                                      choices=PREDICTION_TYPES)
-    caption_dropout: float = model_flag(0.1, "share of captions emptied, for guidance")
+    token_length: int = flag(77, "tokens per caption, padded or cut to this; 16 to 77")
+    pooled_text: bool = flag(False, "add the mean token feature to the timestep embedding")
+    vae: str = flag("stabilityai/sdxl-vae", "hub id, folder or, for pixel space, none", type=place)
+    pixel_unshuffle: int = flag(1, "in pixel space, fold p x p pixels into the channels")
+    num_train_timesteps: int = flag(1000, "T, the number of noise levels")
+    beta_schedule: str = flag("scaled_linear", "how the noise grows", choices=BETA_SCHEDULES)
+    zero_terminal_snr: bool = flag(False, "make x_T pure noise (Lin et al. 2024)")
+    prediction_type: str = flag("epsilon", "what the network predicts", choices=PREDICTION_TYPES)
+    caption_dropout: float = flag(0.1, "share of captions emptied, for guidance")
 
     def __post_init__(self):
         pixels, unshuffle = self.vae == "none", self.pixel_unshuffle
-        for name, choices in dict(beta_schedule=BETA_SCHEDULES,
-                                  prediction_type=PREDICTION_TYPES).items():
-            require(getattr(self, name) in choices, self, name, f"use {' or '.join(choices)}")
-        check_ranges(self, token_length=(16, 77), caption_dropout=(0, 1), num_train_timesteps=2)
-        require(self.image_channels == 3 or self.image_channels == 1 and pixels, self,
-                "image_channels", "must be 3, or 1 (greyscale) in pixel space: add --vae none")
-        require(unshuffle == 1 or unshuffle > 1 and pixels, self, "pixel_unshuffle",
-                "must be 1, or more in pixel space: add --vae none")
+        require(self.beta_schedule in BETA_SCHEDULES, self, "beta_schedule", "not known here")
+        require(self.prediction_type in PREDICTION_TYPES, self, "prediction_type", "not known here")
+        check_ranges(self, token_length=(16, 77), caption_dropout=(0, 1), num_train_timesteps=2,
+                     image_channels=(1, 3), pixel_unshuffle=1)
+        for name, always in dict(image_channels=3, pixel_unshuffle=1).items():
+            require(pixels or getattr(self, name) == always, self, name, "add --vae none")
         require(self.resolution > 0 and self.resolution % unshuffle == 0, self, "resolution",
                 f"must be a positive multiple of --pixel-unshuffle {unshuffle}")
         # Epsilon-prediction learns nothing where x_T is the noise itself.
@@ -140,204 +274,7 @@ PRESETS = {
                   up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, attention_head_dim=8))}
 
 
-# Noise schedule
-
-
-def rescale_zero_terminal_snr(alphas_cumprod):
-    """Shift and scale sqrt(alpha_bar) so that its last value is 0 and its first stays:
-    Lin et al. 2024, Algorithm 1."""
-    root = alphas_cumprod.sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-
-
-class NoiseSchedule:
-    """The forward process q(x_t | x_0) and what follows from it in closed form.
-
-    `t` is either an int64 tensor (B,) on the device of the data, one timestep per sample
-    (training), or one Python int for the whole batch (sampling); t = -1 then stands for the clean
-    end, where alpha_bar is 1.
-    """
-
-    def __init__(self, config, device="cpu"):
-        betas = BETA_SCHEDULES[config.beta_schedule](config.num_train_timesteps)
-        self.on_cpu = (1 - betas).cumprod(0)
-        if config.zero_terminal_snr:
-            self.on_cpu = rescale_zero_terminal_snr(self.on_cpu)
-        self.alphas_cumprod = self.on_cpu.to(device)                 # (T,) float64
-        self.num_train_timesteps = config.num_train_timesteps
-        self.prediction_type = config.prediction_type
-
-    def alpha_bar(self, t, like):
-        """alpha_bar_t as float64, shaped to multiply `like` (B, ...). For an int t, a scalar on the
-        CPU, which any device takes without synchronising and without changing the dtype."""
-        if isinstance(t, int):
-            return self.on_cpu[t] if t >= 0 else torch.ones((), dtype=torch.float64)
-        return self.alphas_cumprod[t].view(-1, *[1] * (like.ndim - 1))
-
-    def scales(self, t, like):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) in the dtype of `like`.
-
-        Rounded last: in float32 1 - alpha_bar_t would lose its digits near t = 0.
-        """
-        alpha_bar_t = self.alpha_bar(t, like)
-        return alpha_bar_t.sqrt().to(like.dtype), (1 - alpha_bar_t).sqrt().to(like.dtype)
-
-    def add_noise(self, x_0, eps, t):
-        """A sample of q(x_t | x_0): Ho et al. 2020, Eq. 4."""
-        signal, noise = self.scales(t, x_0)
-        return signal * x_0 + noise * eps
-
-    def target(self, x_0, eps, t):
-        """What the network is trained to output: eps, v (Salimans & Ho 2022, section 4) or x_0."""
-        if self.prediction_type == "epsilon":
-            return eps
-        if self.prediction_type == "sample":
-            return x_0
-        signal, noise = self.scales(t, x_0)
-        return signal * eps - noise * x_0
-
-    def predict_x0(self, output, x_t, t):
-        """x_0 from the network's output: Ho et al. 2020, Eq. 15 (epsilon); Salimans & Ho 2022,
-        appendix D (v)."""
-        if self.prediction_type == "sample":
-            return output
-        signal, noise = self.scales(t, x_t)
-        if self.prediction_type == "epsilon":
-            return (x_t - noise * output) / signal
-        return signal * x_t - noise * output
-
-    def predict_eps(self, x_0, x_t, t):
-        """The noise that explains x_t, given x_0: Ho et al. 2020, Eq. 4 solved for eps."""
-        signal, noise = self.scales(t, x_t)
-        return (x_t - signal * x_0) / noise
-
-    def posterior(self, x_0, x_t, t, t_prev):
-        """Mean and variance of q(x_{t_prev} | x_t, x_0), for any t_prev < t: Ho et al. 2020,
-        Eqs. 6 and 7.
-
-        With t_prev = t - 1 these are the paper's; a longer stride uses
-        alpha_t = alpha_bar_t / alpha_bar_{t_prev} (Nichol & Dhariwal 2021, section 4).
-        """
-        alpha_bar_t, alpha_bar_prev = self.alpha_bar(t, x_t), self.alpha_bar(t_prev, x_t)
-        alpha_t = alpha_bar_t / alpha_bar_prev
-        beta_t = 1 - alpha_t
-        mean = (alpha_bar_prev.sqrt() * beta_t * x_0
-                + alpha_t.sqrt() * (1 - alpha_bar_prev) * x_t) / (1 - alpha_bar_t)
-        return mean, beta_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
-
-    def loss_weight(self, t, min_snr_gamma=None, snr_floor=None):
-        """Weight of each sample's squared error in the network's own target, (B,) float32.
-
-        A weight w on the x_0 error is w / SNR on the eps error and w / (SNR + 1) on the v error.
-        With neither bound the weight is 1 (the "simple" loss, Ho et al. 2020, Eq. 14); otherwise
-        w = SNR clamped to [snr_floor, min_snr_gamma]: min-SNR of Hang et al. 2023 above, truncated
-        SNR of Salimans & Ho 2022 below.
-        """
-        if min_snr_gamma is None and snr_floor is None:
-            return torch.ones(t.shape, device=t.device)
-        snr = self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
-        w = snr.clamp(min=snr_floor, max=min_snr_gamma)
-        if self.prediction_type == "epsilon":
-            # Without a floor as a clamp of w / SNR, which stays finite where the SNR is 0.
-            w = w / snr if snr_floor is not None else (min_snr_gamma / snr).clamp(max=1)
-        elif self.prediction_type == "v_prediction":
-            w = w / (snr + 1)
-        return w.float()
-
-
-# Frozen networks
-
-NO_ACCELERATE = dict(low_cpu_mem_usage=False)   # diffusers warns unless accelerate is installed
-
-
-def load_pretrained(load, name, subfolder, flag, **options):
-    """load(name, **options) or, for a diffusers pipeline, that of its sub-folder.
-
-    Raises: FileNotFoundError, ValueError with one line that names `flag` and the fix.
-    """
-    if not name:
-        raise ValueError(f"{flag}: give a hub id or a folder")
-    folder, errors = Path(name), []
-    places = [{}] if folder.is_dir() else [{}, dict(subfolder=subfolder)]
-    if (folder / subfolder).is_dir():
-        places = [dict(subfolder=subfolder)]
-    # What is in the cache is not asked of the hub, which may be out of reach.
-    for is_local, place in product((True, False), places):
-        try:
-            return load(name, **place, **options, local_files_only=is_local)
-        except (OSError, ValueError) as error:
-            errors.append(error)
-    if folder.is_dir():
-        raise ValueError(f"{flag} {name}: {' '.join(str(errors[0]).split())[:300]}") from errors[0]
-    offline, home = (os.environ.get(variable) for variable in ("HF_HUB_OFFLINE", "HF_HOME"))
-    raise FileNotFoundError(
-        f"{flag} {name}: no such folder, and not on the Hugging Face hub or in its cache (HF_HOME="
-        f"{home}, HF_HUB_OFFLINE={offline}); put the folder of training there again or, online, "
-        f"run: hf download {name} (or bash slurm/fetch.sh with this run's flags)") from errors[0]
-
-
-def load_config(kind, name, subfolder, flag):
-    """A diffusers network's config. Raises: ValueError where it is of another class."""
-    found = load_pretrained(kind.load_config, name, subfolder, flag)
-    if (named := found.get("_class_name")) != kind.__name__:
-        raise ValueError(f"{flag} {name}: is a {named}, not a {kind.__name__}")
-    return found
-
-
-def load_whole(kind, name, subfolder, flag):
-    """A transformers model of this class. Raises: ValueError where weights are missing, which
-    transformers would leave random."""
-    model, info = load_pretrained(kind.from_pretrained, name, subfolder, flag,
-                                  output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{flag} {name}: is no whole {kind.__name__}: {missing[0]} is missing")
-    return model
-
-
-def with_words(config, captions, most=5000):
-    """The config with the vocabulary of --text-encoder builtin: the words that it has already or
-    all of the captions, as its tokenizer takes them apart. Raises: ValueError where it has some,
-    but not all, or where they are too many for random features."""
-    if config.text_encoder != "builtin":
-        return config
-    split, known = pre_tokenizers.Whitespace().pre_tokenize_str, config.builtin_words
-    words = sorted({word for caption in captions for word, _ in split(caption.lower())})
-    if known and (unknown := sorted(set(words) - set(known))):
-        raise ValueError(f"--init-from: its text encoder lacks {len(unknown)} words of these "
-                         f"captions, such as {', '.join(map(repr, unknown[:9]))}; start from "
-                         "nothing, or from a run on captions that have them")
-    if len(words) > most:
-        raise ValueError(f"--text-encoder builtin: the captions have {len(words):,} different "
-                         f"words, over {most:,}; name a CLIP text model")
-    return replace(config, builtin_words=known or words)
-
-
-def builtin_tokenizer(words):
-    """A word-level tokenizer with the given vocabulary: no download, no file."""
-    start, end, unknown = specials = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>"]
-    vocabulary = {word: i for i, word in enumerate([*specials, *words])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, 0), (end, 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end,
-                                   pad_token=end, unk_token=unknown, model_max_length=77)
-
-
-def builtin_clip(vocab_size, token_length):
-    """A small CLIP text model with random weights, always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        clip = CLIPTextModel(CLIPTextConfig(
-            vocab_size=vocab_size, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, bos_token_id=0, eos_token_id=1, pad_token_id=1))
-        # With CLIP's own initialisation all captions are nearly alike. Unit embeddings let the
-        # words speak, and a gain of L lets one of L words move the pooled text by about 1.
-        nn.init.normal_(clip.get_input_embeddings().weight)
-        norm, = [m for name, m in clip.named_modules() if name.endswith("final_layer_norm")]
-        nn.init.constant_(norm.weight, token_length)
-    return clip
+# The networks
 
 
 class TextEncoder(nn.Module):
@@ -368,12 +305,10 @@ class TextEncoder(nn.Module):
         if most_bytes is None:
             gpu = self.clip.device if self.clip.device.type == "cuda" else None
             most_bytes = torch.cuda.get_device_properties(gpu).total_memory // 5 if gpu else 2**30
-        distinct, most = {"": None}, most_bytes // (2 * self.token_length * self.width)
-        for caption in captions:
-            distinct[caption] = None
-            if len(distinct) > most:
-                return
-        distinct = list(distinct)
+        distinct = list(dict.fromkeys(["", *captions]))
+        most = most_bytes // (2 * self.token_length * self.width)
+        if len(distinct) > most:
+            return
         dtype = torch.float16 if 2 * len(distinct) > most else torch.float32
         self.features = torch.cat([self(distinct[start:start + batch_size]).to(dtype)
                                    for start in range(0, len(distinct), batch_size)])  # (N, L, D)
@@ -400,14 +335,6 @@ class TextEncoder(nn.Module):
             return self.clip(tokens.to(self.clip.device, non_blocking=True)).last_hidden_state
 
 
-def pixels_per_latent(config):
-    """The side of one element of x_0, in pixels."""
-    if config.vae == "none":
-        return config.pixel_unshuffle
-    vae = load_config(AutoencoderKL, config.vae, "vae", "--vae")
-    return 2 ** (len(vae["block_out_channels"]) - 1)
-
-
 class ImageCodec(nn.Module):
     """Between images (B, c, H, W) in [-1, 1] and x_0 (B, C, h, w): a frozen VAE, or the pixels.
 
@@ -419,14 +346,14 @@ class ImageCodec(nn.Module):
         """Raises: FileNotFoundError where the VAE is missing, ValueError where it does not fit."""
         super().__init__()
         self.is_pixel_space, self.patch = config.vae == "none", config.pixel_unshuffle
-        channels, factor = config.image_channels * self.patch**2, pixels_per_latent(config)
+        channels, factor = config.image_channels * self.patch**2, self.patch
         if not self.is_pixel_space:
-            self.vae = load_pretrained(AutoencoderKL.from_pretrained, config.vae, "vae", "--vae",
-                                       **NO_ACCELERATE)
+            self.vae = load_whole(AutoencoderKL, config.vae, "vae", "--vae",
+                                  low_cpu_mem_usage=False)   # else diffusers asks for accelerate
             self.vae.float().requires_grad_(False).eval()
             vae = self.vae.config
             self.scale, self.shift = vae.scaling_factor, vae.get("shift_factor") or 0.0
-            channels = vae.latent_channels
+            channels, factor = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
         require(config.resolution % factor == 0, config, "resolution",
                 f"{config.vae} needs a multiple of {factor}")
         side = config.resolution // factor
@@ -458,79 +385,128 @@ class ImageCodec(nn.Module):
         return torch.cat(slices).clamp(-1, 1)
 
 
-# The denoiser
-
-
 def build_unet(config, latent_shape, text_width):
     """The trainable UNet, freshly initialised from torch's global seed. Its inputs' sizes follow
     from the frozen networks."""
     channels, side, _ = latent_shape
-    sizes = dict(in_channels=channels, out_channels=channels, cross_attention_dim=text_width,
-                 class_embed_type="projection" if config.pooled_text else None,
-                 projection_class_embeddings_input_dim=text_width if config.pooled_text else None,
-                 addition_embed_type=None)
-    for name, value in sizes.items():   # a preset leaves them open, --init-unet does not
-        if config.unet.get(name, value) != value:
-            raise ValueError(f"--init-unet: that UNet has {name} {config.unet[name]}, but the VAE, "
-                             f"the text encoder and --pooled-text call for {value}; choose its own")
+    pooled = dict(class_embed_type="projection", projection_class_embeddings_input_dim=text_width)
     halvings = len(config.unet["block_out_channels"]) - 1
     require(side % 2**halvings == 0, config, "resolution", f"the UNet halves its {side} x {side} "
             f"input {halvings} times; choose one that gives a multiple of {2**halvings}")
-    return UNet2DConditionModel(**{**config.unet, **sizes, "sample_size": side})
+    return UNet2DConditionModel(**config.unet | (pooled if config.pooled_text else {}) | dict(
+        in_channels=channels, out_channels=channels, cross_attention_dim=text_width,
+        sample_size=side))
 
 
-def read_pipeline(name, config):
-    """What a diffusers pipeline (hub id or folder) says of itself, as fields of ModelConfig; a UNet
-    alone tells its architecture and size. Raises: ValueError where its betas are none of ours."""
-    unet = load_config(UNet2DConditionModel, name, "unet", "--init-unet")
-    side = (unet.get("sample_size") or 0) * pixels_per_latent(config)
-    said = dict(unet={key: value for key, value in unet.items() if not key.startswith("_")},
-                resolution=side or config.resolution)
-    try:
-        noise = load_pretrained(DDPMScheduler.load_config, name, "scheduler", "--init-unet")
-        tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, "tokenizer", "--init-unet")
-    except (OSError, ValueError):
-        warnings.warn(f"--init-unet {name}: is no pipeline and does not say how it was trained; "
-                      "give its --token-length, --beta-schedule and --prediction-type")
-        return said
-    kind = noise.get("beta_schedule", "").replace("squaredcos_cap_v2", "cosine")
-    ours = BETA_SCHEDULES.get(kind, cosine)(1000)[[0, -1]]
-    theirs = ours.new_tensor([noise.get("beta_start", 0), noise.get("beta_end", 0)])
-    if kind != "cosine" and not theirs.allclose(ours):
-        raise ValueError(f"--init-unet {name}: its betas end at {theirs.tolist()}, not at those of "
-                         f"--beta-schedule {kind}, {ours.tolist()}; use another pipeline")
-    return said | dict(
-        beta_schedule=kind, num_train_timesteps=noise["num_train_timesteps"],
-        prediction_type=noise.get("prediction_type", "epsilon"),
-        zero_terminal_snr=noise.get("rescale_betas_zero_snr", False),
-        token_length=tokenizer.model_max_length)
+class Model:
+    """All that sampling needs: the networks on one device, and where they came from.
 
-
-def load_first_weights(unet, payload, name):
-    """Copy the averaged weights of a checkpoint, or those of a diffusers UNet, into ours."""
-    if payload:
-        load_weights(unet, payload["ema"])
-    elif name:
-        found = load_pretrained(unet.from_pretrained, name, "unet", "--init-unet", **NO_ACCELERATE)
-        unet.load_state_dict(found.state_dict())
-
-
-def apply_unet(unet, config, x_t, t, text_emb):
-    """The network's output, (B, C, h, w): eps, v or x_0 by config.prediction_type.
-
-    Pooled text enters diffusers' UNet as `class_labels`, which it adds to the timestep embedding.
+    The UNet is untrained at first, initialised from torch's global seed. Raises: ValueError where
+    the frozen networks' weights are not those that `frozen` (the checkpoint) tells of.
     """
-    pooled = text_emb.mean(dim=1) if config.pooled_text else None
-    return unet(x_t, t, text_emb, class_labels=pooled, return_dict=False)[0]
+
+    def __init__(self, config, device="cpu", frozen=None):
+        self.config, self.device = config, torch.device(device)
+        self.schedule = NoiseSchedule(config, device)
+        self.text_encoder = TextEncoder(config).to(device)
+        self.codec = ImageCodec(config).to(device)
+        self.unet = build_unet(config, self.codec.latent_shape, self.text_encoder.width).to(device)
+        # The weights' bits added up as integers: the same on any device, and fast. The built-in
+        # text encoder is drawn anew, and may differ in a last bit on another machine.
+        networks = dict(text_encoder=self.text_encoder, vae=self.codec)
+        self.frozen = {name: sum(p.view(torch.int32).sum().item() for p in network.parameters())
+                       for name, network in networks.items()
+                       if getattr(config, name) not in ("builtin", "none")}
+        for name in {*self.frozen, *(frozen or {})} if frozen is not None else ():
+            require(frozen.get(name) == self.frozen.get(name), config, name, "holds other weights "
+                    "than the network of training; name the place of that one")
+        self.source = {}   # checkpoint, epoch, step and weights, for the record
+        self.run = {}      # the training run's flags and how many images it trained on
 
 
-@torch.no_grad()
-def update_ema(averages, weights, step, decay):
-    """ema <- ema + (1 - decay) (weights - ema), after optimizer update number `step`; both lists of
-    tensors, in one fused pass. The decay warms up as min(decay, (1 + step) / (10 + step)), to
-    forget the first weights."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+# Loading networks, and the built-in text encoder
+
+def load_pretrained(load, name, subfolder, flag, **options):
+    """load(name, **options) or, for a diffusers pipeline, that of its sub-folder.
+
+    Raises: FileNotFoundError, ValueError with one line that names `flag` and the fix.
+    """
+    folder, errors = Path(name), []
+    if folder.is_file():
+        raise ValueError(f"{flag} {name}: give a hub id or a folder that holds a config.json")
+    places = [{}] if folder.is_dir() else [{}, dict(subfolder=subfolder)]
+    if (folder / subfolder).is_dir():
+        places = [dict(subfolder=subfolder)]
+    # What is in the cache is not asked of the hub, which may be out of reach.
+    for is_local, place in product((True, False), places):
+        try:
+            return load(name, **place, **options, local_files_only=is_local)
+        except Exception as error:   # the libraries raise a dozen kinds
+            errors.append(error)
+    # What is not there is an OSError; anything else says that it is there, but damaged.
+    damage = [error for error in errors if folder.is_dir() or not isinstance(error, OSError)]
+    if half := next(folder.rglob("*.fp16.*"), None):
+        damage = [f"holds {half.name}; files without fp16 in their names are needed"]
+    if damage:
+        raise ValueError(f"{flag} {name}: {' '.join(str(damage[0]).split())[:300]}")
+    raise FileNotFoundError(
+        f"{flag} {name}: no such folder, and not in the Hugging Face cache (HF_HOME="
+        f"{os.environ.get('HF_HOME')}); name its folder or, online, run: hf download {name}, or "
+        "slurm/fetch.sh; --text-encoder builtin and --vae none need no download") from errors[0]
+
+
+def load_whole(kind, name, subfolder, flag, **options):
+    """A network of this class. Raises: ValueError where weights are missing, which the libraries
+    would leave random."""
+    model, info = load_pretrained(kind.from_pretrained, name, subfolder, flag,
+                                  output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{flag} {name}: is no whole {kind.__name__}: {missing[0]} is missing")
+    return model
+
+
+def with_words(config, captions, most=5000):
+    """The config with the vocabulary of --text-encoder builtin: the words that it has already or
+    all of the captions, as its tokenizer takes them apart. Raises: ValueError where it has some,
+    but not all, or where they are too many for random features."""
+    if config.text_encoder != "builtin":
+        return config
+    split, known = pre_tokenizers.Whitespace().pre_tokenize_str, config.builtin_words
+    words = sorted({word for caption in captions for word, _ in split(caption.lower())})
+    if known and (unknown := sorted(set(words) - set(known))):
+        raise ValueError(f"--init-from: its text encoder lacks {len(unknown)} words of these "
+                         f"captions, such as {', '.join(unknown[:9])}; start from a run with them")
+    require(len(words) <= most, config, "text_encoder", f"the captions have {len(words):,} "
+            f"different words, over {most:,}; name a CLIP text model")
+    return replace(config, builtin_words=known or words)
+
+
+def builtin_tokenizer(words):
+    """A word-level tokenizer with the given vocabulary: no download, no file."""
+    start, end, unknown = specials = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>"]
+    vocabulary = {word: i for i, word in enumerate([*specials, *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, 0), (end, 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end,
+                                   pad_token=end, unk_token=unknown, model_max_length=77)
+
+
+def builtin_clip(vocab_size, token_length):
+    """A small CLIP text model with random weights, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = CLIPTextModel(CLIPTextConfig(
+            vocab_size=vocab_size, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+        # With CLIP's own initialisation all captions are nearly alike. Unit embeddings let the
+        # words speak, and a gain of L lets one of L words move the pooled text by about 1.
+        nn.init.normal_(clip.get_input_embeddings().weight)
+        norm, = [m for name, m in clip.named_modules() if name.endswith("final_layer_norm")]
+        nn.init.constant_(norm.weight, token_length)
+    return clip
 
 
 # Checkpoints
@@ -573,24 +549,24 @@ def verify_checkpoint(path):
             raise ValueError(f"the bytes of {damaged!r} have changed since they were written")
 
 
-def save_checkpoint(payload, path, keep_every=0):
+def save_checkpoint(payload, path):
     """Write a dict of tensors and plain Python values, verified; `path` is as it was or complete.
 
-    On a full disk the older checkpoints make room, but for the newest good one and those that
-    keep_every keeps. Raises: OSError where it cannot be written or reads back differently.
+    On a full disk the older checkpoints make room, but for the newest good one. Raises: OSError
+    where it cannot be written or reads back differently.
     """
     for is_last in (False, True):
         try:
-            write_atomically(path, lambda file: torch.save(payload, file), check=verify_checkpoint)
-            return
+            return write_atomically(path, lambda file: torch.save(payload, file),
+                                    check=verify_checkpoint)
         except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
             # A full disk may reach us as torch.save's RuntimeError, with the OSError behind it.
-            causes = (error, error.__context__, OSError(str(error)))
+            causes = (error, error.__context__, OSError(errno.EIO, str(error), str(path)))
             fault = next(cause for cause in causes if isinstance(cause, OSError))
         if is_last or fault.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise fault
         with suppress(OSError, ValueError):   # there is none, or none that is good
-            prune_checkpoints(load_checkpoint(path.parent)[1], 1, keep_every)
+            prune_checkpoints(load_checkpoint(path.parent)[1], 1)
 
 
 def find_checkpoints(folder):
@@ -599,14 +575,12 @@ def find_checkpoints(folder):
                   key=lambda path: [int(number) for number in re.findall(r"\d+", path.stem)])
 
 
-def prune_checkpoints(newest, keep_last, keep_every):
-    """Keep `newest`, the keep_last - 1 before it, and the first checkpoint of every keep_every-th
-    epoch (0: none); delete older ones. Newer ones, and files of other names, stay."""
+def prune_checkpoints(newest, keep_last):
+    """Keep `newest` and the keep_last - 1 before it; delete older ones. Newer ones, and files of
+    other names, stay."""
     found = [path for path in find_checkpoints(newest.parent)
              if re.fullmatch(r"checkpoint_epoch\d+_step\d+", path.stem)]
-    oldest = {int(re.search(r"\d+", path.stem)[0]): path for path in found}   # by epoch
-    kept = {path for e, path in oldest.items() if keep_every and e and e % keep_every == 0}
-    for path in set(found[found.index(newest) + keep_last:]) - kept:
+    for path in found[found.index(newest) + keep_last:]:
         path.unlink()
 
 
@@ -632,11 +606,10 @@ def load_checkpoint(path):
             return payload, candidate
         except Exception as error:  # torch.load raises a dozen kinds on damaged bytes
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            problem = f"checkpoint {candidate}: cannot be read ({reason})"
-            if path.is_dir():
-                warnings.warn(f"{problem}; trying the one before it", stacklevel=2)
-    raise ValueError(f"checkpoint {path}: none of the {len(candidates)} files can be read; the "
-                     f"last: {reason}" if path.is_dir() else problem)
+            reason = f"checkpoint {candidate}: cannot be read ({reason})"
+        if candidate != candidates[-1]:
+            warnings.warn(f"{reason}; trying the one before it", stacklevel=2)
+    raise ValueError(reason)
 
 
 def load_weights(unet, values):
@@ -647,42 +620,11 @@ def load_weights(unet, values):
         raise ValueError("checkpoint: its weights are not those of its config's UNet") from None
 
 
-class Model:
-    """All that sampling needs: the networks on one device, and where they came from.
-
-    The UNet is untrained at first, initialised from torch's global seed. Raises: ValueError where
-    the frozen networks' weights are not those that `frozen` (the checkpoint) tells of.
-    """
-
-    def __init__(self, config, device="cpu", frozen=None):
-        self.config, self.device = config, torch.device(device)
-        self.schedule = NoiseSchedule(config, device)
-        self.text_encoder = TextEncoder(config).to(device)
-        self.codec = ImageCodec(config).to(device)
-        self.unet = build_unet(config, self.codec.latent_shape, self.text_encoder.width).to(device)
-        # The weights' bits added up as integers: the same on any device, and fast. The built-in
-        # text encoder is drawn anew, and may differ in a last bit on another machine.
-        networks = dict(text_encoder=self.text_encoder, vae=self.codec)
-        self.frozen = {name: sum(p.view(torch.int32).sum().item() for p in network.parameters())
-                       for name, network in networks.items()
-                       if getattr(config, name) not in ("builtin", "none")}
-        for name, bits in self.frozen.items():
-            require((frozen or self.frozen).get(name) == bits, config, name, "holds other weights "
-                    "than the network of training; name the place of that one")
-        self.source = {}   # checkpoint, epoch, step and weights, for the record
-        self.run = {}      # the training run's flags and how many images it trained on
-
-
 def config_of(payload, **places):
-    """A checkpoint's ModelConfig. `places`: vae and text_encoder, where they have moved. Raises:
-    ValueError where one of them would replace "none" or "builtin", or the other way round."""
-    config = ModelConfig(**payload["config"])
+    """A checkpoint's ModelConfig. `places`: vae and text_encoder, where they have moved; that their
+    weights are those of training is seen when they are loaded."""
     moved = {name: place for name, place in places.items() if place}
-    for name, place in moved.items():
-        if place != (trained := getattr(config, name)) and {"none", "builtin"} & {place, trained}:
-            raise ValueError(f"--{name.replace('_', '-')} {place}: the model was trained with "
-                             f"{trained}; leave the flag out")
-    return replace(config, **moved)
+    return replace(ModelConfig(**payload["config"]), **moved)
 
 
 def load_model(checkpoint, device="cpu", weights="ema", compiled=False, **places):

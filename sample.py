@@ -2,7 +2,7 @@
 
     python sample.py --checkpoint runs/run_20250131_120000 --prompts "a small red circle"
     torchrun --standalone --nproc_per_node=2 sample.py --checkpoint RUN --prompt-file prompts.txt
-    sbatch slurm/sample.sh --checkpoint RUN --prompts "a dog, running"
+    sbatch slurm/run.sh sample.py --checkpoint RUN --prompts "a dog, running"
     python sample.py --checkpoint RUN --export FOLDER      # for diffusers' StableDiffusionPipeline
 
 In Python: `from sample import generate; images = generate("runs/run_...", ["a dog"] * 4)`.
@@ -14,6 +14,7 @@ the network's own eps contradict each other, and more guidance makes such pictur
 """
 import argparse
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import data
@@ -64,7 +64,7 @@ def ddim(denoise, x_t, schedule, timesteps, draw_noise, eta=0.0):
     for t, t_prev in timesteps:
         x_0 = denoise(x_t, t)
         eps = schedule.predict_eps(x_0, x_t, t)
-        alpha_bar_prev = schedule.alpha_bar(t_prev, x_t)
+        alpha_bar_prev = schedule.alpha_bar(t_prev)
         variance = eta**2 * schedule.posterior(x_0, x_t, t, t_prev)[1]
         x_t = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - variance).sqrt() * eps
         if eta > 0 and t_prev >= 0:
@@ -79,7 +79,7 @@ def dpm_solver_2m(denoise, x_t, schedule, timesteps, draw_noise=None, eta=None):
         x_0 = denoise(x_t, t)
         # At either end h may be infinite (zero SNR, or the clean x_0). Every term below then has
         # its finite limit. h = lambda_prev - lambda_t, with lambda = log(SNR) / 2.
-        alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_prev, x_t)
+        alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
         h = (alpha_bar_prev.logit() - alpha_bar_t.logit()) / 2
         D = x_0
         if x_0_last is not None and t_prev >= 0:
@@ -103,17 +103,17 @@ def rescale_guidance(guided, cond, phi):
 
 
 def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_rescale=0.0,
-                    guidance_interval=(0.0, 1.0), dtype=None):
+                    dtype=None):
     """denoise(x_t, t) -> x_0 by classifier-free guidance, uncond + s (cond - uncond): Ho & Salimans
-    2022, Eq. 6 with s = w + 1. Both halves go through the network in one call; outside the interval
-    (Kynkaanniemi et al. 2024; theirs is one of noise levels, ours of t / T), or with s = 1, only
-    the conditional one does. Pixel-space x_0 is clipped to [-1, 1].
+    2022, Eq. 6 with s = w + 1.
+
+    Both halves go through the network in one call. With s = 1 the conditional half is enough. In
+    pixel space x_0 is clipped to [-1, 1].
     """
-    T = model.schedule.num_train_timesteps
     both = torch.cat([negative_emb, text_emb])
 
     def denoise(x_t, t):
-        guide = guidance_scale != 1 and guidance_interval[0] <= t / T <= guidance_interval[1]
+        guide = guidance_scale != 1
         x_in, emb = (torch.cat([x_t, x_t]), both) if guide else (x_t, text_emb)
         t_in = torch.full((len(x_in),), t, device=x_t.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
@@ -134,10 +134,8 @@ def guided_denoiser(model, text_emb, negative_emb, guidance_scale=1.0, guidance_
 
 def check_sampling(flags, **ranges):
     """Raises: ValueError for a setting of `generate`, or its flag, that would draw nonsense."""
-    check_ranges(flags, eta=(0, 1), guidance_rescale=(0, 1), guidance_interval=(0, 1), seed=0,
-                 guidance_scale=(0, 100), guidance_scales=(0, 100), batch_size=1, **ranges)
-    low, high = flags.guidance_interval
-    require(low <= high, flags, "guidance_interval", "the first must not be above the second")
+    check_ranges(flags, eta=(0, 1), guidance_rescale=(0, 1), seed=0, guidance_scale=(0, 100),
+                 guidance_scales=(0, 100), batch_size=1, **ranges)
     require(flags.sampler in SAMPLERS, flags, "sampler", f"choose from {', '.join(SAMPLERS)}")
     require(flags.sampler not in ("ddpm", "dpm++") or not flags.eta, flags, "eta",
             f"{flags.sampler} has none; add --sampler ddim")
@@ -145,8 +143,8 @@ def check_sampling(flags, **ranges):
 
 @torch.no_grad()
 def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, guidance_scale=2.0,
-             guidance_rescale=0.0, guidance_interval=(0.0, 1.0), eta=0.0, negative_prompt="",
-             batch_size=64, dtype=None, trajectory=False, progress=lambda pictures: None):
+             guidance_rescale=0.0, eta=0.0, negative_prompt="", batch_size=64, dtype=None,
+             trajectory=False, progress=lambda pictures: None):
     """Pictures for a list of prompts, uint8 (N, c, H, W) on the CPU.
 
     model: a Model, or the path of a run folder or checkpoint. The starting noise and every later
@@ -164,6 +162,10 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
     if guidance_scale != 1 and model.config.caption_dropout == 0:
         warnings.warn(f"--guidance-scale {guidance_scale}: the model was trained without caption "
                       "dropout, so knows no empty caption to guide away from; use 1", stacklevel=2)
+    if guidance_scale == 1 and (negative_prompt or guidance_rescale):
+        warnings.warn("--negative-prompt and --guidance-rescale do nothing at --guidance-scale 1")
+    if model.text_encoder.count_cut([*prompts, negative_prompt]):
+        warnings.warn(f"prompts are cut at {model.config.token_length} tokens")
     indices = range(len(prompts)) if indices is None else indices
     timesteps = make_timesteps(model.schedule.num_train_timesteps, steps)
     negative_emb = model.text_encoder([negative_prompt])
@@ -178,7 +180,7 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
 
         text_emb = model.text_encoder(prompts[part])
         denoise = guided_denoiser(model, text_emb, negative_emb.expand_as(text_emb),
-                                  guidance_scale, guidance_rescale, guidance_interval, dtype)
+                                  guidance_scale, guidance_rescale, dtype)
         x_t = draw_noise()
         steps_taken = SAMPLERS[sampler](denoise, x_t, model.schedule, timesteps, draw_noise, eta)
         for k, (x_t_prev, x_0) in enumerate(steps_taken):
@@ -194,6 +196,9 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
     # A rank may be left without prompts.
     pictures = torch.cat(pictures or [torch.empty(0, dtype=torch.uint8)])
     return (pictures, [torch.cat(parts, dim=1) for parts in states]) if trajectory else pictures
+
+
+# Whoever reads for the method may stop here.
 
 
 def generate_sharded(model, prompts, **kwargs):
@@ -222,11 +227,10 @@ def to_pil(picture):
     return Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy())   # greyscale: (H, W)
 
 
-def make_grid(pictures, captions=None, columns=None, cell=None):
+def make_grid(pictures, captions=None, columns=None):
     """One PIL image with all pictures (N, c, H, W) uint8 in rows, each with its caption below, of
     at most four lines; small ones are enlarged."""
-    side = pictures.shape[-1]
-    cell = cell or side * max(1, round(128 / side))
+    cell = pictures.shape[-1] * max(1, round(128 / pictures.shape[-1]))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows, gap, line, font = math.ceil(len(pictures) / columns), 8, 14, caption_font(12)
     wrapped = [textwrap.wrap(caption, max(5, cell // 7), max_lines=4, placeholder=" ...")
@@ -277,20 +281,19 @@ def export_pipeline(model, folder, sampler="ddim"):
     # Importing these takes seconds, and nothing else needs them.
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     config, encoder, codec = model.config, model.text_encoder, model.codec
+    kinds = dict(linear="linear", scaled_linear="scaled_linear", cosine="squaredcos_cap_v2")
     for wrong, reason in (
             (codec.is_pixel_space, "the model draws pixels; train with --vae"),
             (config.pooled_text, "it has no input for pooled text; train with --no-pooled-text"),
             (getattr(codec, "shift", 0), "it ignores the VAE's shift_factor; use another --vae"),
             (sampler not in ("ddim", "dpm++"), "it has no other --sampler than ddim and dpm++"),
             (not isinstance(model.unet, models.UNet2DConditionModel), "the network is of your own"),
-            (config.beta_schedule not in ("linear", "scaled_linear", "cosine"),
-             f"it has no --beta-schedule {config.beta_schedule}")):
+            (config.beta_schedule not in kinds, f"it has no {config.beta_schedule} betas")):
         if wrong:
             raise ValueError(f"--export {folder}: not for StableDiffusionPipeline: {reason}")
     betas = BETA_SCHEDULES[config.beta_schedule](config.num_train_timesteps)
-    kind = "squaredcos_cap_v2" if config.beta_schedule == "cosine" else config.beta_schedule
     scheduler = DPMSolverMultistepScheduler(
-        config.num_train_timesteps, betas[0].item(), betas[-1].item(), beta_schedule=kind,
+        config.num_train_timesteps, betas[0].item(), betas[-1].item(), kinds[config.beta_schedule],
         prediction_type=config.prediction_type, rescale_betas_zero_snr=config.zero_terminal_snr,
         timestep_spacing="trailing", steps_offset=1, solver_order=1 + (sampler == "dpm++"))
     encoder.tokenizer.model_max_length = config.token_length   # to which the pipeline pads
@@ -303,8 +306,8 @@ def export_pipeline(model, folder, sampler="ddim"):
 # Command line
 
 DEFAULTS = inspect.unwrap(generate).__kwdefaults__
-SAMPLING_FLAGS = ("seed", "sampler", "steps", "guidance_rescale", "guidance_interval", "eta",
-                  "negative_prompt", "batch_size")
+SAMPLING_FLAGS = ("seed", "sampler", "steps", "guidance_rescale", "eta", "negative_prompt",
+                  "batch_size")
 
 
 def add_sampling_flags(parser):
@@ -314,8 +317,6 @@ def add_sampling_flags(parser):
     add("--sampler", choices=SAMPLERS, help="dpm++ is DPM-Solver++ 2M")
     add("--steps", type=int, help="network evaluations per picture")
     add("--guidance-rescale", type=float, help="phi of Lin et al. 2024, 0 (off) to 1")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only at such t / T")
     add("--eta", type=float, help="DDIM's eta, 0 (deterministic) to 1")
     add("--negative-prompt", help="guide away from this text instead of the empty caption")
     add("--seed", type=int, help="picture i is a function of the seed and i")
@@ -323,9 +324,9 @@ def add_sampling_flags(parser):
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged, or as trained last")
     add("--vae", metavar="PLACE", help="where the VAE is, if not where it was in training")
     add("--text-encoder", metavar="PLACE", help="likewise; its weights must be those of training")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast dtype")
+    add("--amp", choices=data.AMP, default="auto", help="autocast dtype")
     add("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs, if any")
+    add("--device", choices=data.DEVICES, default="auto", help="auto: GPUs, if any")
 
 
 def sampling_settings(args):
@@ -333,34 +334,24 @@ def sampling_settings(args):
     return {name: getattr(args, name) for name in SAMPLING_FLAGS}
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = data.Parser("Draw pictures for prompts with a trained model.")
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a file")
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
     add("--prompt-file", help="a text file with one prompt per line; -: standard input")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt")
-    add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"],
-        help="s in uncond + s (cond - uncond); 1 is off")
-    add("--guidance-scales", type=float, nargs="+", default=[], metavar="S",
-        help="also draw one sheet of all prompts, each with these scales")
-    add("--steps-strip", action="store_true", help="also draw the first picture's way from noise,"
-        " steps.png")
+    add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"], help="s; 1 is off")
+    add("--guidance-scales", type=float, nargs="+", help="also a sheet of all prompts at these")
+    add("--steps-strip", action="store_true", help="also the first picture's way from noise")
     add("--output", type=Path, help="the pictures' folder (default: samples_TIME in the run's)")
-    add("--export", type=Path, metavar="FOLDER", help="write the model as a pipeline of "
-        "diffusers")
+    add("--export", type=Path, help="write the model as a pipeline of diffusers, into this folder")
     add_sampling_flags(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.prompt_file:
-        try:
-            with open(0 if args.prompt_file == "-" else args.prompt_file, "rb") as file:
-                lines = file.read().decode("utf-8-sig").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ValueError(f"--prompt-file {args.prompt_file}: {error}; a text file in UTF-8 is "
-                             "needed") from None
+        path = Path("/dev/stdin" if args.prompt_file == "-" else args.prompt_file)
+        lines = path.read_text("utf-8-sig").splitlines()
         args.prompts += [line.strip() for line in lines if line.strip()]
-    elif len(args.prompts) > 2 and not any(" " in prompt for prompt in args.prompts):
-        warnings.warn(f"--prompts: {len(args.prompts)} of one word each; a sentence needs quotes")
     if not args.prompts and not args.export:
         raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
     check_sampling(args, images_per_prompt=1)
@@ -375,39 +366,35 @@ def name_unknown_words(prompts, known):
                       f"captions in training, such as {', '.join(known[:30])}", stacklevel=1)
 
 
-OVERVIEWS = ("grid.png", "guidance.png", "steps.png")
-
-
 def draw_into(folder, model, prompts, batch_size, **how):
-    """Draw picture i into its file, with how it is made, batch by batch, and return all paths. What
-    an interrupted call has left stays. Raises: ValueError for a folder of another call."""
-    made = {folder / f"{i:05d}.png": {key: str(value) for key, value in
-                                      dict(how, **model.source, prompt=prompt, index=i).items()}
-            for i, prompt in enumerate(prompts)}
-    found = {path for path in folder.glob("*.png") if path.name not in OVERVIEWS}
-    for path in found:
-        if path not in made or not made[path].items() <= Image.open(path).info.items():
-            raise ValueError(f"--output {folder}: another call made {path.name}; name a new folder")
+    """Draw picture i into its file, batch by batch; returns all paths. pictures.json says how they
+    are made. What an interrupted call has left stays. Raises: ValueError for a folder with pictures
+    of another call, or of other code."""
+    paths, record = [folder / f"{i:05d}.png" for i in range(len(prompts))], folder / "pictures.json"
+    text = json.dumps(dict(model.source, **how, prompts=prompts, code=data.hash_of_code()),
+                      indent=1, default=str)
+    is_same = not any(folder.glob("*.png")) or record.exists() and record.read_text() == text
     # The main rank's answer for all, and before any of them writes.
-    missing = gather([i for i, path in enumerate(made) if path not in found])[0]
-    steps = how["steps"] * len(missing) // dist.get_world_size()
-    bar = tqdm(total=steps, unit="step", desc="sampling", disable=dist.get_rank() > 0)
-    paths = list(made)
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    is_same, missing = gather((is_same, missing))[0]
+    if not is_same:
+        raise ValueError(f"--output {folder}: another call, or code that was changed since, made "
+                         "these pictures; name a new folder")
+    bar = tqdm(total=how["steps"] * len(missing) // dist.get_world_size(), unit="step",
+               desc="sampling", disable=dist.get_rank() > 0)
+    if dist.get_rank() == 0:
+        models.write_atomically(record, lambda file: file.write(text.encode()))
     for numbers, pictures in draw_share(model, prompts, missing, batch_size, progress=bar.update,
                                         **how):
         for i, picture in zip(numbers, pictures):
-            chunks = PngInfo()
-            for key, value in made[paths[i]].items():
-                chunks.add_itxt(key, value)
-            save = partial(to_pil(picture).save, format="png", pnginfo=chunks)
-            models.write_atomically(paths[i], save)
+            models.write_atomically(paths[i], partial(to_pil(picture).save, format="png"))
     bar.close()
     gather(None)   # until all are there
     return paths
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     device = setup_processes(args.device)
     is_main, dtype = dist.get_rank() == 0, amp_dtype(args.amp, device)
     model = load_model(args.checkpoint, device, args.weights, args.compile,
@@ -417,6 +404,7 @@ def main():
         print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")
     if not args.prompts:
         return
+    make_timesteps(model.schedule.num_train_timesteps, args.steps)   # before a folder is
     prompts = [prompt for prompt in args.prompts for _ in range(args.images_per_prompt)]
     how = dict(sampling_settings(args), guidance_scale=args.guidance_scale, dtype=dtype)
     run = Path(model.source["checkpoint"]).parent
@@ -425,23 +413,21 @@ def main():
     if is_main:
         name_unknown_words(prompts, model.config.builtin_words)
     paths = draw_into(output, model, prompts, **how)
-    if is_main:
-        first = np.stack([np.atleast_3d(Image.open(path)) for path in paths[:100]])
-        grid = make_grid(torch.from_numpy(first).permute(0, 3, 1, 2), prompts[:100])
-        grid.save(output / "grid.png")
-    if args.guidance_scales:
-        columns = [generate_sharded(model, args.prompts, **how | dict(guidance_scale=scale))
-                   for scale in args.guidance_scales]
-        labels = [f"s = {scale:g}: {prompt}" for prompt in args.prompts
-                  for scale in args.guidance_scales]
-        if is_main:
-            sheet = make_grid(torch.stack(columns, 1).flatten(0, 1), labels, len(columns))
-            sheet.save(output / "guidance.png")
-    if is_main:
-        if args.steps_strip:
-            make_strip(model, prompts[0], **how).save(output / "steps.png")
-        overviews = ", ".join(name for name in OVERVIEWS if (output / name).exists())
-        print(f"{len(paths)} pictures in {output}; overviews: {overviews}")
+    scales = args.guidance_scales or []
+    columns = [generate_sharded(model, args.prompts, **how | dict(guidance_scale=scale))
+               for scale in scales]
+    if not is_main:
+        return
+    first = np.stack([np.atleast_3d(Image.open(path)) for path in paths[:100]])
+    sheets = dict(grid=make_grid(torch.from_numpy(first).permute(0, 3, 1, 2), prompts[:100]))
+    if columns:
+        labels = [f"s = {scale:g}: {prompt}" for prompt in args.prompts for scale in scales]
+        sheets["guidance"] = make_grid(torch.stack(columns, 1).flatten(0, 1), labels, len(scales))
+    if args.steps_strip:
+        sheets["steps"] = make_strip(model, prompts[0], **how)
+    for name, sheet in sheets.items():
+        sheet.save(output / f"{name}.png")
+    print(f"{len(paths)} pictures in {output}; overviews: {', '.join(sheets)}")
 
 
 if __name__ == "__main__":

@@ -17,17 +17,16 @@ import fcntl
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -35,255 +34,46 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import data
 import models
-from models import PRESETS, Model, ModelConfig, apply_unet, check_ranges, require, update_ema
+from data import AMP, DEVICES
+from models import PRESETS, Model, ModelConfig, apply_unet, flag, place, require, update_ema
 from sample import generate_sharded, make_grid, make_strip
-
-# What suits each preset; every value can be overridden by its flag.
-TRAINING_DEFAULTS = {
-    "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay",
-                 ema_decay=0.998, snr_floor=1.0, adam_betas=(0.9, 0.99)),   # 0.999: loss may leap
-    "standard": dict(epochs=100, batch_size=128, lr=2e-4, warmup_steps=1000, lr_schedule="cosine"),
-    "large": dict(epochs=100, batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant"),
-}
-MODEL_FLAGS = {option.name: option for option in fields(ModelConfig) if option.metadata}
-SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)
-
-# Command line
-
-
-def number_or_none(text):
-    return None if text == "none" else float(text)
-
-
-def place(text):
-    """A path is made absolute, since a run goes on from any folder. A name stays as it is."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; leave it out or name one")
-    path = os.path.abspath(os.path.expanduser(text))
-    return path if os.path.exists(path) and text not in ("shapes", "builtin", "none") else text
-
-
-def preset_values():
-    """The presets' defaults, for --help."""
-    paragraphs = ["defaults of the presets, which their flags override:"]
-    for preset, config in PRESETS.items():
-        values = {name: getattr(config, name) for name in MODEL_FLAGS}
-        values |= TRAINING_DEFAULTS.get(preset, {})
-        text = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
-        paragraphs.append(textwrap.fill(f"{preset}: {text}", 96, break_on_hyphens=False))
-    return "\n\n".join(paragraphs)
-
-
-def make_parser():
-    parser = data.Parser("Train a text-to-image latent diffusion model.", epilog=preset_values())
-    add = parser.add_argument_group("data").add_argument
-    add("--data", type=place, default="shapes",
-        help="folder, .zip or .tar files of captioned images; shapes: built in")
-    add("--captions", type=place, metavar="FILE",
-        help="captions that are not within --data: a file, folder or .zip")
-    add("--caption-column", metavar="NAME", help="the column or key with the captions")
-    add("--caption-template", metavar="TEXT", help="captions for images without: {} stands for the "
-        "folder's name; text without {} is every image's caption, an empty one is no caption")
-    add("--max-bad-images", type=float, default=0.01, help="stop if a larger share is unreadable")
-    add("--val-fraction", type=float, default=0.05, help="share held out for validation")
-    add("--random-crop", **SWITCH, help="crop at random along the long side, not at the centre")
-    add("--flip", **SWITCH, help='mirror half of the images; off because captions say "left"')
-    add("--cache-latents", nargs="?", const="", metavar="DIR",
-        help="encode images once, into DIR or, without one, beside the data")
-    add("--workers", type=int, help="loader processes per rank; not given: its cores less one")
-    title = "model (kept in the checkpoint; defaults from the preset)"
-    group = parser.add_argument_group(title)
-    add, start = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--preset", choices=PRESETS, help="not given: that of --init-from; else for shapes tiny, "
-        "for other data standard")
-    start("--init-from", type=place, metavar="RUN", help="a new run that starts with the model and "
-          "the averaged weights of this run or checkpoint")
-    start("--init-unet", type=place, metavar="NAME", help="a diffusers UNet or pipeline to start "
-          "from; give its --text-encoder and --vae")
-    for name, option in MODEL_FLAGS.items():
-        kind = dict(type=place if name in ("vae", "text_encoder") else option.type)
-        kind = SWITCH | dict(default=None) if option.type is bool else kind
-        add(f"--{name.replace('_', '-')}", **kind, **option.metadata)
-    add_training_flags(parser)
-    return parser
-
-
-def add_training_flags(parser):
-    add = parser.add_argument_group("optimization (defaults from the preset)").add_argument
-    add("--epochs", type=int, help="how often every image is visited")
-    add("--batch-size", type=int, help="images per optimizer update, over all processes")
-    add("--accumulation", type=int, default=1, help="micro-batches per update")
-    add("--lr", type=float, help="AdamW's peak learning rate")
-    add("--warmup-steps", type=int, help="updates over which the learning rate rises linearly")
-    add("--lr-schedule", choices=("constant", "cosine", "decay"), help="decay: in the last fifth")
-    add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"),
-        help="AdamW's averages of the gradient and of its square")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; inf: never")
-    add("--min-snr-gamma", type=number_or_none, default=5.0, help="upper clamp of the SNR, the x_0 "
-        "error's weight (Hang et al. 2023); none for both: the simple loss (Ho et al. 2020)")
-    add("--snr-floor", type=number_or_none, help="lower clamp of the SNR "
-        "(Salimans & Ho 2022)")
-    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
-    add("--seed", type=int, default=0, help="of first weights, order, timesteps and noise")
-    add = parser.add_argument_group("system").add_argument
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="auto: bf16, on older GPUs fp16; off on CPUs")
-    add("--compile", **SWITCH, help="torch.compile the UNet")
-    add("--gradient-checkpointing", **SWITCH, help="recompute activations to save memory")
-    add("--bf16-gradients", **SWITCH, help="average gradients over processes in bfloat16: half the "
-        "traffic between nodes")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs, if any")
-    add = parser.add_argument_group("run").add_argument
-    add("--resume", type=place, metavar="RUN",
-        help="go on from a run folder or checkpoint, with its flags")
-    add("--runs", default="runs", help="where run folders are made")
-    add("--name", help="appended to the run folder's name")
-    add("--folder", type=place, metavar="RUN", help="the run folder; goes on from checkpoints that "
-        "it holds, whatever other flags say")
-    add("--max-steps", type=int, help="stop and save after this many updates in all")
-    add("--time-limit", type=float, metavar="MINUTES",
-        help="stop and save after so long; not given: before a Slurm job's end")
-    add("--save-every", type=int, default=1, metavar="N", help="epochs between checkpoints")
-    add("--save-minutes", type=float, default=30, metavar="N", help="minutes between checkpoints "
-        "inside an epoch; inf: none")
-    add("--keep-last", type=int, default=3, metavar="K", help="newest checkpoints to keep")
-    add("--keep-every", type=int, default=0, metavar="M", help="also keep every M-th epoch's")
-    add("--sample-every", type=int, default=1, metavar="N", help="epochs between grids; 0: none")
-    add("--sample-prompts", nargs="+", metavar="TEXT", help="not given: validation captions")
-    add("--sample-guidance", type=float, default=2.0, help="guidance scale of the grids")
-    add("--log-every", type=int, default=20, metavar="N", help="updates between log points")
-
-
-def parse_args(argv=None):
-    """(args, ModelConfig, payload of the checkpoint to start from or None, its path if the run is
-    resumed). Flags given by hand win over those of a resumed run, and these over the preset's
-    defaults; a resumed run's model and sample order cannot be changed."""
-    parser = make_parser()
-    first = parser.parse_args(argv)
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
-            first.folder and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"):
-        # Else a restart begins anew, or calls at the addresses of the dead (pytorch issue 135712).
-        raise ValueError("torchrun --max-restarts: add --folder RUN, and in the environment set "
-                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
-    payload = path = None
-    has_run = first.folder and models.find_checkpoints(first.folder)
-    if resume := first.folder if has_run else first.resume:
-        payload, path = models.load_checkpoint(resume)
-        newest, *older = models.find_checkpoints(path.parent) or [path]
-        require(first.folder or path != Path(resume) or path not in older, first, "resume",
-                f"the folder holds {newest.name}; delete what is newer, or add --folder NEW")
-        # Older versions had more flags.
-        parser.set_defaults(**{k: value for k, value in payload["args"].items() if k in first})
-    else:
-        if first.init_from:
-            payload, _ = models.load_checkpoint(first.init_from)
-        suited = "tiny" if data.is_builtin(first.data) else "standard"
-        preset = payload["args"]["preset"] if payload else first.preset or suited
-        require(first.preset in (None, preset), first, "preset",
-                f"the run to start from has {preset}; leave the flag out")
-        parser.set_defaults(preset=preset)
-        # A preset of your own needs none.
-        parser.set_defaults(**TRAINING_DEFAULTS.get(preset, TRAINING_DEFAULTS["standard"]))
-    args = parser.parse_args(argv)
-    if path:
-        # These two are places: that their weights are the same is checked when they are loaded.
-        config = models.config_of(payload, vae=first.vae, text_encoder=first.text_encoder)
-        stored = payload["args"] | asdict(config)
-        for name in ("seed", "batch_size", "val_fraction", "preset", "init_unet", "init_from",
-                     *MODEL_FLAGS):
-            now, then = getattr(args, name), stored.get(name)
-            if isinstance(then, str) and then != now:   # older checkpoints have relative paths
-                then = place(then)
-            require(now in (None, then), args, name, f"the checkpoint {path} has {then}; leave the "
-                    "flag out, or start a new run")
-    else:
-        config = make_config(args, payload)
-        if not payload:
-            check_schedule(config)
-    check_args(args, config, payload["epoch"] if path else 1)
-    return args, config, payload, path
-
-
-def check_args(args, config, epochs):
-    """Raises: ValueError for a value out of its range, or two flags that exclude each other."""
-    check_ranges(
-        args, epochs=max(1, epochs), accumulation=1, seed=0, workers=0,
-        save_every=1, keep_last=1, log_every=1, keep_every=0, sample_every=0, max_steps=1,
-        save_minutes=0, time_limit=0, lr=0, warmup_steps=0, weight_decay=0, snr_floor=0,
-        min_snr_gamma=args.snr_floor or 0.01, max_grad_norm=1e-6, max_bad_images=(0, 1),
-        val_fraction=(0, 0.99), ema_decay=(0, 0.999999), sample_guidance=(0, 100))
-    require("/" not in (args.name or ""), args, "name", "is part of a folder's name; no / in it")
-    if args.cache_latents is not None:
-        require(config.vae != "none", args, "cache_latents", "--vae none has no latents to cache")
-        require(not args.random_crop, args, "cache_latents", "with --random-crop "
-                "every visit has other latents; leave one of the two out")
-
-
-def check_schedule(config):
-    """Raises: ValueError where sampling cannot start at x_T. Not of runs that began before this was
-    checked: they stay what they are."""
-    last = models.NoiseSchedule(config).on_cpu[-1].item()
-    require(last < 0.05, config, "num_train_timesteps", f"x_T is far from noise, with alpha_bar "
-            f"{last:.2g}; use more, or add --beta-schedule cosine")
-    # An error in eps is magnified by 1 / sqrt(alpha_bar), and latents are not clipped.
-    require(last > 1e-5 or config.vae == "none" or config.prediction_type != "epsilon", config,
-            "prediction_type", f"latents explode where alpha_bar ends at {last:.1g}; use "
-            "v_prediction or sample, or another --beta-schedule")
-
-
-def make_config(args, payload=None):
-    """The preset with the given model flags, and what --init-unet or --init-from, whose payload it
-    is, says of itself."""
-    given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-    config, said = PRESETS[args.preset], {}
-    if payload:
-        config = models.config_of(payload, vae=args.vae, text_encoder=args.text_encoder)
-        said = asdict(config)
-    elif args.init_unet:
-        said = models.read_pipeline(args.init_unet, replace(config, **given))
-    for name, value in said.items():   # a UNet can draw at any size
-        require(given.get(name, value) == value or name in ("resolution", "caption_dropout"), args,
-                name, f"the model to start from has {value}; leave the flag out")
-    config = replace(config, **said | given)
-    if payload or config.text_encoder != "builtin":
-        return config
-    if data.is_builtin(args.data):
-        return replace(config, builtin_words=data.VOCABULARY)
-    # For other data it has to be asked for. It takes its words from their captions, in main.
-    return config if args.text_encoder else replace(config, text_encoder=ModelConfig.text_encoder)
-
 
 # The loss and the learning rate
 
 
 def clean_latents(codec, batch):
-    """x_0 (B, C, h, w): a draw from the posterior of the batch's images, which are encoded now or
-    were encoded once and for all."""
-    mean, std = (codec.moments(data.to_unit_range(batch["image"])) if "image" in batch
-                 else batch["moments"].float().unbind(dim=1))
-    return mean + std * batch["posterior_eps"] if "posterior_eps" in batch else mean
+    """x_0 (B, C, h, w): a draw from the posterior of the batch's images."""
+    if "moments" in batch:   # encoded once and for all: data.cache_latents
+        mean, std = batch["moments"].float().unbind(dim=1)
+    else:
+        mean, std = codec.moments(data.to_unit_range(batch["image"]))
+    if codec.is_pixel_space:
+        return mean
+    return mean + std * batch["posterior_eps"]
+
+
+def predict(unet, model, batch):
+    """The network's output at x_t and its target, both (B, C, h, w) float32: the inside of
+    Algorithm 1, Ho et al. 2020."""
+    t, eps = batch["t"], batch["eps"]                            # t ~ U[0, T), eps ~ N(0, 1)
+    x_0 = clean_latents(model.codec, batch)                      # (B, C, h, w)
+    text_emb = model.text_encoder(batch["caption"])              # (B, L, D)
+    x_t = model.schedule.add_noise(x_0, eps, t)                  # (B, C, h, w)
+    output = apply_unet(unet, model.config, x_t, t, text_emb)    # (B, C, h, w)
+    return output.float(), model.schedule.target(x_0, eps, t)
 
 
 def diffusion_loss(unet, model, batch, min_snr_gamma=None, snr_floor=None):
-    """Each sample's weighted squared error, (B,) float32: the inside of Algorithm 1, Ho et al.
-    2020. `batch` holds t (B,) and eps (B, C, h, w), which were drawn with the sample."""
-    t, eps = batch["t"], batch["eps"]
-    x_0 = clean_latents(model.codec, batch)                         # (B, C, h, w)
-    text_emb = model.text_encoder(batch["caption"])                 # (B, L, D)
-    x_t = model.schedule.add_noise(x_0, eps, t)                     # (B, C, h, w)
-    output = apply_unet(unet, model.config, x_t, t, text_emb)       # (B, C, h, w)
-    target = model.schedule.target(x_0, eps, t)
-    error = (output.float() - target).square().mean(dim=(1, 2, 3))  # (B,)
-    return model.schedule.loss_weight(t, min_snr_gamma, snr_floor) * error
+    """Each sample's weighted squared error, (B,) float32. A loss of your own goes here."""
+    output, target = predict(unet, model, batch)
+    error = (output - target).square().mean(dim=(1, 2, 3))
+    return model.schedule.loss_weight(batch["t"], min_snr_gamma, snr_floor) * error
 
 
 def learning_rate(step, total_steps, args):
@@ -297,56 +87,214 @@ def learning_rate(step, total_steps, args):
     return lr
 
 
+# Whoever reads for the method may go to `main`, at the end. What is between makes it reliable.
+
+
+# Validation, with the averaged weights
+
+
 @torch.no_grad()
-def validate(model, loader, unreadable, dtype, parts=5):
-    """{TensorBoard tag: value}: the mean unweighted error over the fixed validation samples, and
-    over those of each fifth of [0, T). Small t is about detail, large t about composition."""
+def validate(model, loader, dtype, parts=5):
+    """{TensorBoard tag: value}: the mean squared error, whatever the loss, over the fixed
+    validation samples, and over those of each fifth of [0, T). Small t is about detail, large t
+    about composition."""
     T, device = model.schedule.num_train_timesteps, model.device
     sums = torch.zeros(2, parts, dtype=torch.float64, device=device)   # errors and samples
     with data.all_or_none():
         for batch in loader:
-            unreadable.note(batch)
             batch = data.to_device(batch, device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                error = diffusion_loss(model.unet, model, batch).double()
+                output, target = predict(model.unet, model, batch)
+            error = (output - target).square().mean(dim=(1, 2, 3)).double()
             sums.index_add_(1, batch["t"] * parts // T,
                             torch.stack([error, torch.ones_like(error)]))
     dist.all_reduce(sums)
-    error, count = sums.sum(dim=1)
-    values = {"epoch/validation_loss": (error / count).item()}
-    return values | {f"validation_by_t/{k * T // parts:04d}-{(k + 1) * T // parts:04d}": e / n
-                     for k, (e, n) in enumerate(sums.T.tolist()) if n}
+    tags = ["epoch/validation_loss"] + [
+        f"validation_by_t/{k * T // parts:04d}-{(k + 1) * T // parts:04d}" for k in range(parts)]
+    sums = torch.cat([sums.sum(dim=1, keepdim=True), sums], dim=1)
+    return {tag: error / count for tag, (error, count) in zip(tags, sums.T.tolist()) if count}
 
 
-# Stopping, and images that cannot be read
+def finish_epoch(args, state, model, val_loader, prompts, dtype, writer, folder, stop):
+    """Validation loss and, every --sample-every epochs, the grid and the way to its first picture.
+    A request to stop leaves out what is not done yet."""
+    averaged = copy.copy(model)
+    averaged.unet = state.ema
+    values, images = {"epoch/loss": state.epoch_losses[-1]}, {}
+    draws = args.sample_every and state.epoch % args.sample_every == 0
+    with tolerate(data.SPARED, "validation or samples left out"):
+        found = validate(averaged, takewhile(lambda _: not stop.look(), val_loader), dtype)
+        asked = any(data.gather(stop.look()))
+        stop.agreed |= asked
+        values |= found if not asked else {}   # else the validation may have ended early
+        if not asked and (draws or args.sample_every and state.epoch == args.epochs):
+            how = dict(dtype=dtype, steps=min(30, model.schedule.num_train_timesteps),
+                       batch_size=args.batch_size // dist.get_world_size() // args.accumulation)
+            images["grid"] = make_grid(generate_sharded(averaged, prompts, **how), prompts)
+            if writer:
+                images["denoising"] = make_strip(averaged, prompts[0], **how)
+    if not writer:
+        return
+    said = [f"{tag[6:].replace('_', ' ')} {value:.5f}" for tag, value in values.items()
+            if tag.startswith("epoch/")]
+    tqdm.write(f"epoch {state.epoch}: {', '.join(said)}")
+    with tolerate(OSError, "curves and samples could not be written", writer):
+        for tag, value in values.items():
+            writer.add_scalar(tag, value, state.step)
+        for name, image in images.items():
+            writer.add_image(f"samples/{name}", np.asarray(image), state.step, dataformats="HWC")
+        if images:
+            images["grid"].save(folder / f"samples_epoch{state.epoch:04d}.png")
+        writer.flush()
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+# What training changes
 
 
-@contextmanager
-def give_signals_back():
-    """After the block the signals do again what they did before, for example in a notebook."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-            signal.signal(number, before[number])
+def all_reduced(tensor):
+    """The sum over all ranks, as a new tensor."""
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+class TrainingState:
+    """What training changes, and so what a checkpoint holds."""
+
+    COUNTERS = ("epoch", "step", "step_in_epoch", "epoch_losses", "logged_step")
+
+    def __init__(self, unet, args, device, dtype):
+        # The average has weights of its own; buffers, such as BatchNorm's statistics, are shared.
+        shared = {id(buffer): buffer for buffer in unet.buffers()}
+        self.unet, self.ema = unet, copy.deepcopy(unet, shared).requires_grad_(False).eval()
+        # Listed once: walking through the modules costs a millisecond.
+        self.weights, self.averages = list(unet.parameters()), list(self.ema.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, args.lr, tuple(args.adam_betas),
+                                           weight_decay=args.weight_decay, fused=True)
+        self.max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
+        # Float16 needs its gradients scaled up. Elsewhere the scale stays 1, and the scaler only
+        # skips the update where a gradient is not finite.
+        self.is_scaled = dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.is_scaled else 1.0)
+        # Finished epochs; updates in all, in this epoch, up to the last log point.
+        self.epoch = self.step = self.step_in_epoch = self.logged_step = 0
+        self.saved_step, self.epoch_losses = -1, []
+        # This rank's part of the epoch's updates, and of those since the last log point: sums of
+        # loss, gradient norm and their number.
+        self.totals = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        self.sums, self.recent = self.totals
+
+    def backward(self, loss):
+        """Add a loss's gradients. An infinite loss may have finite ones: it is made NaN before."""
+        self.scaler.scale(loss * torch.where(loss.isfinite(), 1.0, torch.nan)).backward()
+
+    def step_optimizer(self):
+        """Clip the gradients and let AdamW take a step; returns their norm before. The step is left
+        out where one is not finite: DDP's mean has brought the NaN to all ranks, so by all."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.is_scaled else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def count_update(self, loss, norm):
+        """Updates that were left out count as steps, but not in the means."""
+        values = torch.stack([loss, norm.double(), torch.ones_like(loss)])
+        self.totals += torch.where(norm.isfinite(), values, 0)
+        self.step += 1
+        self.step_in_epoch += 1
+
+    def end_epoch(self):
+        loss, _, updates = all_reduced(self.sums).tolist()
+        self.epoch_losses.append(loss / updates if updates else math.nan)
+        self.sums.zero_()
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+
+    def restore(self, payload, args, source, train_images):
+        """Continue from a checkpoint's payload. Raises: ValueError where the data are others."""
+        count, ranks = len(train_images), dist.get_world_size()
+        require(payload["train_images"] == count, args, "data", f"has {count} training images, the "
+                f"run was started with {payload['train_images']}; restore them, or start a new run")
+        models.load_weights(self.unet, payload["unet"])
+        models.load_weights(self.ema, payload["ema"])
+        given = self.optimizer.state_dict()["param_groups"]   # the flags of now
+        self.optimizer.load_state_dict(payload["optimizer"] | dict(param_groups=given))
+        for p, moments in self.optimizer.state.items():   # in the layout of this device's weights
+            for name, value in moments.items():
+                moments[name] = torch.empty_like(p if value.ndim else value).copy_(value)
+        if self.is_scaled and payload["scaler"]:   # none where the GPU before computed in bfloat16
+            self.scaler.load_state_dict(payload["scaler"])
+        for name in self.COUNTERS:
+            setattr(self, name, payload[name])
+        self.saved_step = self.step
+        if dist.get_rank() > 0:
+            return
+        # The main rank carries on the sums of all: a float64 sum of float32 losses is exact, so
+        # that a mean does not depend on who added what.
+        totals = np.array([payload["sums"], payload["recent"]])
+        self.totals += torch.from_numpy(totals * ranks / payload["processes"]).to(self.totals)
+        if payload["fingerprint"] != source.fingerprint:
+            warnings.warn(f"--data {args.data}: its names or captions have changed since the run "
+                          "was started, so it goes on with other samples")
+        before, after = (learning_rate(self.step, flags.epochs * (count // args.batch_size), flags)
+                         for flags in (stored_args(payload), args))
+        if before != after:
+            print(f"learning rate of update {self.step + 1}: {after:.3g}, and not {before:.3g} as "
+                  f"before: --lr-schedule {args.lr_schedule} counts anew with the flags given now")
+
+    def check_ranks(self):
+        """Raises: ValueError where ranks differ in weights, EMA, moments or step, by one bit."""
+        moments = [value for of_p in self.optimizer.state.values() for value in of_p.values()]
+        total = sum(tensor.detach().view(torch.int32).sum().to(self.sums.device) for tensor in
+                    [*self.weights, *self.averages, *moments])
+        totals = data.gather((self.step, total.item()))
+        if apart := [rank for rank, theirs in enumerate(totals) if theirs != totals[0]]:
+            raise ValueError(f"step {self.step}: rank(s) {apart} hold other weights than rank 0: a "
+                             "faulty device, or other files or software; go on with --resume")
+
+    def save(self, folder, keep_last, is_last=False, **more):
+        """Write checkpoint_epochEEEE_stepSSSSSSSS.pt from the main rank, unless this step has been
+        written, and prune; called by all. Where it cannot be written the older ones stay, and the
+        run goes on; for the last one that is an OSError."""
+        if self.saved_step == self.step:
+            return
+        self.check_ranks()
+        (sums, recent), saved = all_reduced(self.totals).tolist(), False
+        if dist.get_rank() == 0:
+            payload = {name: getattr(self, name) for name in self.COUNTERS} | dict(
+                unet=self.unet.state_dict(), ema=self.ema.state_dict(),
+                optimizer=self.optimizer.state_dict(), sums=sums, recent=recent,
+                scaler=self.scaler.state_dict() if self.is_scaled else {},
+                processes=dist.get_world_size(), **more)
+            path = folder / f"checkpoint_epoch{self.epoch:04d}_step{self.step:08d}.pt"
+            with tolerate(OSError, f"checkpoint {path} could not be written"):
+                folder.mkdir(exist_ok=True)
+                models.save_checkpoint(payload, path)
+                saved = True
+                models.prune_checkpoints(path, keep_last)
+        # Nobody leaves before the file is there: a process that ends may take the others with it.
+        if data.gather(saved)[0]:
+            self.saved_step = self.step
+        elif is_last:
+            raise OSError(f"step {self.step}: not saved; make room for {folder}")
+
+
+# Stopping
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1, Ctrl-C, the clock, a file named `stop` or --max-steps ask the run to stop,
+    """Signals (data.SIGNALS), the clock, a file named `stop` or --max-steps ask the run to stop,
     and the clock to save. All ranks agree after the same update. A second Ctrl-C kills."""
 
-    def __init__(self, stop_file, deadline=math.inf, max_steps=None, step=0, save_minutes=math.inf):
+    def __init__(self, stop_file, deadline, max_steps, step, save_minutes):
         """`deadline`: a Unix time."""
-        self.stop_file, self.deadline = stop_file, deadline
-        self.max_steps = math.inf if max_steps is None else max_steps
-        self.asked, self.agreed = False, step >= self.max_steps
-        self.next_look, self.work, self.save_minutes = 0.0, None, save_minutes
+        self.stop_file, self.deadline, self.save_minutes = stop_file, deadline, save_minutes
+        self.max_steps, self.asked = max_steps or math.inf, False
+        self.agreed = step >= self.max_steps
         self.note_save()
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in data.SIGNALS:
                 signal.signal(number, self.ask)
 
     def ask(self, number, _):
@@ -357,43 +305,28 @@ class StopRequest:
 
     def look(self):
         """Whether this rank was asked."""
-        if time.time() >= self.next_look:
-            self.asked |= time.time() >= self.deadline or self.stop_file.exists()
-            self.next_look = time.time() + 3
-        return self.asked
+        return self.asked or time.time() >= self.deadline or self.stop_file.exists()
 
     def note_save(self):
         self.save_is_due, self.next_save = False, time.time() + 60 * self.save_minutes
 
     def poll(self, step):
-        """Tell the other ranks whether this one was asked. Their answer is read after the next
-        update, so that nobody waits for it."""
-        if self.work:
-            self.work.wait()
-            self.agreed, self.save_is_due = self.vote.bool().tolist()
-            self.asked |= self.agreed
-        wants_save = time.time() >= self.next_save and not self.save_is_due
-        self.vote = torch.tensor([self.look(), wants_save], dtype=torch.float32)
-        self.work = dist.all_reduce(self.vote, async_op=True)   # over gloo, beside the GPU's work
-        self.agreed |= step >= self.max_steps
+        """Ask all ranks; called by all of them. Over gloo, beside the GPU's work."""
+        votes = torch.tensor([self.look() or step >= self.max_steps, time.time() >= self.next_save])
+        votes = all_reduced(votes.int())
+        self.agreed, self.save_is_due = votes.bool().tolist()
 
 
-def patiently(loader, stop, save):
-    """The loader's batches. Where one cannot come, or not soon and the run is asked to stop, a
-    process that is alone saves before it ends with an error."""
-    batches, alone = iter(loader), dist.get_world_size() == 1
-    for _ in range(len(loader)):
-        limit, batch = time.monotonic() + 0.9 * data.RANK_TIMEOUT, None
-        while batch is None:
-            try:
-                batch = next(batches)
-            except (RuntimeError, OSError) as error:   # every 20 seconds
-                waits = "DataLoader timed out" in str(error) and time.monotonic() < limit
-                if not waits or alone and stop.look():
-                    if alone:
-                        save(tries=7)
-                    raise
-        yield batch
+@contextmanager
+def give_signals_back():
+    """After the block the signals do again what they did before, for example in a notebook."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in data.SIGNALS if is_main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_time(minutes):
@@ -405,42 +338,15 @@ def stop_time(minutes):
     return time.time() + max(left - 300, 0.9 * left)
 
 
-class UnreadableImages:
-    """Images that could not be read, so that the next ones took their places; named once each."""
-
-    def __init__(self, source, max_share):
-        self.source, self.max_share, self.met, self.named = source, max_share, set(), set()
-
-    def note(self, batch):
-        """`batch` is still on the CPU."""
-        self.met.update(batch["wanted"][batch["wanted"] != batch["number"]].tolist())
-
-    def check(self):
-        """Name those that any rank has met. Raises: ValueError where they are too many."""
-        new = sorted(set().union(*data.gather(self.met - self.named)))
-        self.named.update(new)
-        share = f"{len(self.named)} of {len(self.source)} images cannot be read"
-        if len(self.named) > self.max_share * len(self.source):
-            bad = ", ".join(repr(self.source.names[i]) for i in sorted(self.named)[:100])
-            raise ValueError(f"--max-bad-images {self.max_share}: {share}; repair or remove {bad}")
-        if new and dist.get_rank() == 0:
-            names = ", ".join(repr(self.source.names[i]) for i in new)
-            tqdm.write(f"warning: {share}; the next take their places; new: {names}", sys.stderr)
-
-
-# Networks and state
+# Loaders and the network as the loop takes them
 
 
 def cache_place(args):
-    """Where latent caches are made. Raises: ValueError where it cannot be written, before anything
+    """Where latent caches are made. Raises: OSError where it cannot be written, before anything
     that takes long."""
     place = Path(args.cache_latents or Path(args.data).resolve().parent)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise ValueError(f"--cache-latents: {place} cannot be written ({error}); name a folder: "
-                         "--cache-latents DIR") from None
+    place.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=place).close()
     return place
 
 
@@ -448,8 +354,8 @@ def latent_loader(args, model, source, workers):
     """image_loader's counterpart, with latents that are encoded once. The cache folder's name is a
     hash of all that they depend on, so that one that is found fits."""
     codec, config, parent = model.codec, model.config, cache_place(args)
-    images = data.content_hashes(source.content, len(source))
-    made_of = dict(images=data.hash_of(images), vae=data.hash_of_weights(codec.vae), crop="centre",
+    pictures = data.gather(source.identity() if dist.get_rank() == 0 else None)[0]
+    made_of = dict(pictures=pictures, vae=data.hash_of_weights(codec.vae), crop="centre",
                    resolution=config.resolution, flips=1 + args.flip, scale=codec.scale,
                    shift=codec.shift, dtype="float16")
     folder = parent / f"latents_{data.hash_of([made_of])[:16]}"
@@ -469,13 +375,11 @@ def make_loaders(args, model, source, order, train_images, val_images):
     load = (data.image_loader(source, model.config) if args.cache_latents is None
             else latent_loader(args, model, source, workers))
     captions, config, shape = source.captions, model.config, model.codec.latent_shape
-    samples = data.Samples(load, captions, train_images, config, shape, seed=args.seed,
-                           random_crop=args.random_crop, flip=args.flip)
+    samples = data.Samples(load, captions, train_images, config, shape, args.seed, args.flip)
     validation = data.Samples(load, captions, val_images, config, shape, validation=True)
     val_order = []
     loaders = (data.make_loader(samples, order, model.device, workers),
                data.make_loader(validation, val_order, model.device, workers))
-    loaders[0].timeout = min(20, loaders[0].timeout)   # see patiently
     # The workers are forked here, where NCCL has no threads yet, and have nothing to load.
     order.start_at(0, order.steps_per_epoch)
     for loader in loaders:
@@ -487,148 +391,21 @@ def make_loaders(args, model, source, order, train_images, val_images):
 def prepare_network(args, unet, device):
     """The UNet as the loop calls it, with the switches for speed and memory. Several processes wrap
     it in DDP, which averages gradients over them in the backward pass."""
-    if args.gradient_checkpointing:   # there is no dropout, so no random state to bring back
-        keep_no_state = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if args.gradient_checkpointing:
         require(hasattr(unet, "enable_gradient_checkpointing"), args, "gradient_checkpointing",
                 "the network has none")
-        unet.enable_gradient_checkpointing(keep_no_state)
+        # To bring the random state back costs a synchronisation, and only dropout needs it.
+        has_dropout = any(isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p
+                          for module in unet.modules())
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False,
+                                                   preserve_rng_state=has_dropout))
         torch._dynamo.config.optimize_ddp = False   # PyTorch 2.7 cannot cut such a compiled network
     if args.compile:
         unet.compile()   # in place: the names of the weights stay
     if dist.get_world_size() == 1:
         return unet
     device_ids = [device.index] if device.type == "cuda" else None
-    net = torch.nn.parallel.DistributedDataParallel(unet, device_ids, gradient_as_bucket_view=True)
-    if args.bf16_gradients:
-        net.register_comm_hook(None, bf16_compress_hook)
-    return net
-
-
-class TrainingState:
-    """What training changes, and so what a checkpoint holds."""
-
-    COUNTERS = ("epoch", "step", "step_in_epoch", "epoch_losses", "logged_step")
-
-    def __init__(self, unet, args, device, dtype):
-        # The average has weights of its own; buffers, such as BatchNorm's statistics, are shared.
-        shared = {id(buffer): buffer for buffer in unet.buffers()}
-        self.unet, self.ema = unet, copy.deepcopy(unet, shared).requires_grad_(False).eval()
-        # Listed once: walking through the modules costs a millisecond.
-        self.weights, self.averages = list(unet.parameters()), list(self.ema.parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, args.lr, tuple(args.adam_betas),
-                                           weight_decay=args.weight_decay, fused=True)
-        # Float16 needs its gradients scaled up. Elsewhere the scale stays 1, and the scaler only
-        # skips the update where a gradient is not finite.
-        self.is_scaled = dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.is_scaled else 1.0)
-        # Finished epochs; updates in all, in this epoch, up to the last log point.
-        self.epoch = self.step = self.step_in_epoch = self.logged_step = 0
-        self.saved_step = -1
-        self.epoch_losses = []
-        # This rank's part of the epoch's updates, and of those since the last log point: sums of
-        # loss, gradient norm and their number.
-        self.totals = torch.zeros(2, 3, dtype=torch.float64, device=device)
-        self.sums, self.recent = self.totals
-
-    def count_update(self, loss, norm):
-        """Skipped updates count as steps, but not in the means."""
-        values = torch.stack([loss, norm.double(), torch.ones_like(loss)])
-        self.totals += torch.where(norm.isfinite(), values, 0)
-        self.step += 1
-        self.step_in_epoch += 1
-
-    def end_epoch(self):
-        loss, _, updates = all_reduced(self.sums).tolist()
-        self.epoch_losses.append(loss / updates if updates else math.nan)
-        self.sums.zero_()
-        self.epoch, self.step_in_epoch = self.epoch + 1, 0
-
-    def restore(self, payload, args, source, train_images):
-        """Continue from a checkpoint's payload. Raises: ValueError where the data are others."""
-        count, ranks = len(train_images), dist.get_world_size()
-        require(payload["train_images"] == count, args, "data", f"has {count} training images, the "
-                f"run was started with {payload['train_images']}; restore them, or start a new run")
-        models.load_weights(self.unet, payload["unet"])
-        models.load_weights(self.ema, payload["ema"])
-        given = {name: self.optimizer.param_groups[0][name] for name in ("betas", "weight_decay")}
-        self.optimizer.load_state_dict(payload["optimizer"])
-        self.optimizer.param_groups[0].update(given)
-        for p, moments in self.optimizer.state.items():   # in the layout of this device's weights
-            for name, value in moments.items():
-                moments[name] = torch.empty_like(p if value.ndim else value).copy_(value)
-        if self.is_scaled and payload["scaler"]:   # none where the GPU before computed in bfloat16
-            self.scaler.load_state_dict(payload["scaler"])
-        for name in self.COUNTERS:   # older checkpoints lack the last
-            setattr(self, name, payload.get(name, payload["step"]))
-        self.saved_step = self.step
-        if dist.get_rank() > 0:
-            return
-        # The main rank carries on the sums of all: a float64 sum of float32 losses is exact, so
-        # that a mean does not depend on who added what.
-        totals = np.array([payload["sums"], payload.get("recent", [0] * 3)])
-        self.totals += torch.from_numpy(totals * ranks / payload["processes"]).to(self.totals)
-        if payload.get("fingerprint", source.fingerprint) != source.fingerprint:
-            warnings.warn(f"--data {args.data}: its names or captions have changed since the run "
-                          "was started, so it goes on with other samples")
-        steps = count // args.batch_size
-        before, after = (learning_rate(self.step, flags.epochs * steps, flags)
-                         for flags in (argparse.Namespace(**payload["args"]), args))
-        if before != after:
-            print(f"learning rate of update {self.step + 1}: {after:.3g}, and not {before:.3g} as "
-                  f"before: --lr-schedule {args.lr_schedule} counts anew with the flags given now")
-        if payload["processes"] != ranks:
-            print(f"{payload['processes']} processes up to step {self.step}, {ranks} from here: "
-                  "the same samples and noise, weights equal up to rounding")
-
-    def check_ranks(self):
-        """Raises: ValueError where ranks differ in weights, EMA, moments or step, by one bit."""
-        moments = [value for of_p in self.optimizer.state.values() for value in of_p.values()]
-        total = sum(tensor.detach().view(torch.int32).sum().to(self.sums.device) for tensor in
-                    [*self.weights, *self.averages, *moments])
-        totals = data.gather((self.step, total.item()))
-        if apart := [rank for rank, theirs in enumerate(totals) if theirs != totals[0]]:
-            raise ValueError(f"step {self.step}: rank(s) {apart} hold other weights than rank 0: a "
-                             "faulty device, or other files or software; go on with --resume")
-
-    def save(self, folder, keep=(1, 0), tries=1, **more):
-        """Write checkpoint_epochEEEE_stepSSSSSSSS.pt from the main rank, unless this step has been
-        written, and prune; called by all.
-
-        Where it cannot be written the older ones stay; the last of several tries, ten seconds
-        apart, raises OSError.
-        """
-        if self.saved_step == self.step:
-            return
-        self.check_ranks()
-        (sums, recent), saved = all_reduced(self.totals).tolist(), False
-        if dist.get_rank() == 0:
-            payload = {name: getattr(self, name) for name in self.COUNTERS} | dict(
-                unet=self.unet.state_dict(), ema=self.ema.state_dict(),
-                optimizer=self.optimizer.state_dict(), sums=sums, recent=recent,
-                scaler=self.scaler.state_dict() if self.is_scaled else {},
-                processes=dist.get_world_size(), **more)
-            path = folder / f"checkpoint_epoch{self.epoch:04d}_step{self.step:08d}.pt"
-            for wait in [10] * (tries - 1) + [0]:
-                with tolerate(OSError, f"checkpoint {path} could not be written"):
-                    folder.mkdir(exist_ok=True)
-                    models.save_checkpoint(payload, path, keep[1])
-                    saved = True
-                    models.prune_checkpoints(path, *keep)
-                if saved:
-                    break
-                time.sleep(wait)
-        # Nobody leaves before the file is there: a process that ends may take the others with it.
-        if data.gather(saved)[0]:
-            self.saved_step = self.step
-        elif tries > 1:
-            raise OSError(f"step {self.step}: not saved in {tries} tries; make room for {folder}")
-
-
-def all_reduced(tensor):
-    """The sum over all ranks, as a new tensor."""
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor
+    return torch.nn.parallel.DistributedDataParallel(unet, device_ids, gradient_as_bucket_view=True)
 
 
 # The run folder
@@ -636,48 +413,55 @@ def all_reduced(tensor):
 FINISHED = "finished"   # in the file `stop`
 
 
-def make_run_folder(args, checkpoint_path):
-    """--folder, or the resumed run's, or a new runs/run_YYYYmmdd_HHMMSS[_name]; for all ranks."""
-    folder = args.folder or (checkpoint_path and checkpoint_path.parent)
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    elif dist.get_rank() == 0:
-        stem = time.strftime("run_%Y%m%d_%H%M%S") + (f"_{args.name}" if args.name else "")
-        for suffix in ["", *(f"_{k}" for k in range(2, 1000))]:   # jobs that start in one second
-            folder = Path(args.runs) / (stem + suffix)
-            with suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                break
-    return Path(data.gather(folder)[0])
+def known_folder(given):
+    """The folder of --folder, or of the run to resume, or None for a run that makes its own."""
+    if given.get("folder") or not given.get("resume"):
+        return given.get("folder") and Path(given["folder"])
+    path = Path(given["resume"])
+    return path if path.is_dir() else path.parent if path.exists() else None
 
 
 def take_over(folder):
     """Lock the run folder for as long as the returned file is held, and remove what a killed run
-    left half-written.
-
-    A POSIX lock ends with its process, however that ends; loader workers do not inherit it; NFS has
-    it.
-    """
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"--folder {folder}: another job is training in this folder; stop it, or "
-                         "name another") from None
-    except OSError as error:
-        warnings.warn(f"--folder {folder}: cannot be locked ({error}); let only one job use it")
-    for leftover in folder.glob(".*.tmp"):
+    left half-written; called by all ranks. What trains there still, such as a requeued job's last
+    turn, has some minutes to end. A POSIX lock ends with its process, however that ends; loader
+    workers do not inherit it; NFS has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, patience = open(folder / ".lock", "a"), int(data.RANK_TIMEOUT / 2)
+    for second in range(patience + 1) if dist.get_rank() == 0 else ():
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if second == patience:
+                raise ValueError(f"--folder {folder}: another job trains there; stop it") from None
+        except OSError as error:
+            warnings.warn(f"{folder} cannot be locked ({error}); let only one job use it")
+            break
+        if second == 0:
+            print(f"waiting for the job that trains in {folder}", flush=True)
+        time.sleep(1)
+    for leftover in folder.glob(".*.tmp") if dist.get_rank() == 0 else ():
         leftover.unlink()
+    data.gather(None)
     return lock
 
 
-def open_run_folder(folder, record, step, start, keeps_stop):
-    """(SummaryWriter, lock) of the run folder, for the main rank, or (None, None); start: see
-    print_start; keeps_stop: whether to obey a file `stop` that a user has made already, as is right
-    for jobs that start by themselves. One of a finished run says so, and goes."""
-    if dist.get_rank() > 0:
-        return None, None
-    lock = take_over(folder)
+def make_run_folder(args):
+    """A new runs/run_YYYYmmdd_HHMMSS[_name]; for all ranks."""
+    folder, stem = None, time.strftime("run_%Y%m%d_%H%M%S") + (f"_{args.name}" if args.name else "")
+    for suffix in ("", *(f"_{k}" for k in range(2, 100))) if dist.get_rank() == 0 else ():
+        with suppress(FileExistsError):   # of another job that started in the same second
+            folder = Path(args.runs, stem + suffix)
+            folder.mkdir(parents=True)
+            break
+    return data.gather(folder)[0]
+
+
+def open_run_folder(folder, record, step, said, keeps_stop):
+    """The main rank's SummaryWriter; said: see print_start; keeps_stop: whether to obey a file
+    `stop` that a user has made already, as is right for jobs that start by themselves. One of a
+    finished run goes."""
     # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
     threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
                             or threading.__excepthook__(died))
@@ -687,15 +471,8 @@ def open_run_folder(folder, record, step, start, keeps_stop):
     writer = SummaryWriter(folder, purge_step=step + 1)
     text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
     models.write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
-    for title, shown in dict(start=start, config=text).items():
-        writer.add_text(title, "    " + shown.replace("\n", "\n    "), step)
-    # Runs side by side in a table; flags that are neither text nor number are written as text.
-    flags = record["args"] | {name: record["config"][name] for name in MODEL_FLAGS}
-    flags = {name: value if isinstance(value, (str, int, float)) else str(value)
-             for name, value in flags.items()}
-    for summary in hparams(flags, {"epoch/loss": 0.0, "epoch/validation_loss": 0.0}):
-        writer.file_writer.add_summary(summary)
-    return writer, lock
+    writer.add_text("start", "    " + said.replace("\n", "\n    "), step)
+    return writer
 
 
 @contextmanager
@@ -718,30 +495,26 @@ def tolerate(fault, what, writer=None):
 def print_start(args, model, source, order, counts, folder, checkpoint, dtype):
     """Print, and return, what runs where and what was understood; `counts`: training and validation
     images; `checkpoint`: that of a resumed run."""
-    device, config, is_gpu = model.device, model.config, model.device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
-    devices = data.gather(f"{device} ({name}) on {os.uname().nodename}")
-    trainable, text, vae = (f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters"
-                            for net in (model.unet, model.text_encoder, model.codec))
-    latents = " x ".join(map(str, model.codec.latent_shape))
-    rows = {f"rank {rank}": device for rank, device in enumerate(devices)} | {
-        "run folder": folder,
-        "starts from": checkpoint or args.init_from or args.init_unet or "random weights",
-        "data": f"{args.data}: {counts[0]:,} training and {counts[1]:,} validation images",
+    device, config, steps = model.device, model.config, args.epochs * order.steps_per_epoch
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    devices = Counter(data.gather(f"{name} on {os.uname().nodename}"))
+    cut = model.text_encoder.count_cut(source.texts)
+    peak = max(learning_rate(step, steps, args) for step in range(0, steps, 1 + steps // 10_000))
+    rows = {
+        "run folder": folder, "starts from": checkpoint or args.init_from or "random weights",
+        "processes": ", ".join(f"{count} x {device}" for device, count in devices.items()),
+        "data": f"{args.data}: {counts[0]:,} training and {counts[1]:,} validation images, "
+                f"{config.resolution} px",
         **source.report,
-        "batch": f"{args.batch_size} = {len(devices)} processes x {args.accumulation} "
+        "batch": f"{args.batch_size} = {dist.get_world_size()} processes x {args.accumulation} "
                  f"micro-batches x {order.micro_batch}",
         "length": f"{args.epochs} epochs x {order.steps_per_epoch} steps",
-        "UNet": f"{trainable}, input {latents}, predicts {config.prediction_type}",
-        "text encoder": f"{config.text_encoder}, {text}, frozen",
-        "VAE": f"{config.vae}, {vae}, frozen, for images of {config.resolution} px",
+        "learning rate": f"{args.lr_schedule}, at most {peak:.3g}",
+        "UNet": f"{sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, input "
+                f"{model.codec.latent_shape}, predicts {config.prediction_type}",
+        "networks": f"text encoder {config.text_encoder}, VAE {config.vae}",
+        "tokens": f"{config.token_length} a caption; {cut:,} captions are cut",
         "precision": f"{dtype} autocast, float32 weights" if dtype else "float32"}
-    # Below 64 images of 256 px the standard preset's kernels end before the next are launched.
-    positions = order.micro_batch * np.prod(model.codec.latent_shape[1:])
-    if is_gpu and positions < 2**16 and args.preset != "large" and not args.compile:
-        rows["speed"] = "too small a batch to fill a GPU: try --compile, or a larger --batch-size"
-    if dist.get_rank() == 0 and (cut := model.text_encoder.count_cut(source.texts)):
-        rows["text encoder"] += f"; {cut:,} captions are cut at {config.token_length} tokens"
     text = "\n".join(f"{key:>14}  {value}" for key, value in rows.items())
     if dist.get_rank() == 0:
         print(text, flush=True)
@@ -750,28 +523,16 @@ def print_start(args, model, source, order, counts, folder, checkpoint, dtype):
 
 def end_run(args, state, folder, writer, prompt):
     """Leave the run folder and say, from the main rank, what can be done next."""
-    if not writer:
-        return
-    is_asked = (folder / "stop").exists()
     with tolerate(OSError, "curves could not be written"):
+        by = f", by {folder}/stop" if (folder / "stop").exists() else ""
         if state.epoch == args.epochs or state.step >= (args.max_steps or math.inf):
             (folder / "stop").write_text(FINISHED)   # for whoever would start this again
         writer.close()
     if state.epoch < args.epochs:
-        by = f" by the file {folder}/stop" if is_asked else ""
         print(f"stopped after {state.step} steps{by}; to go on: train.py --resume {folder}")
-        return
-    shown = "".join(filter(str.isprintable, prompt))   # a caption may hold a shell command
-    print(f"finished: {folder}")
-    print(f"draw pictures: python sample.py --checkpoint {folder} --prompts {shlex.quote(shown)}")
-
-
-def peak_gib(device):
-    """The most memory so far: of tensors on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20   # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    else:
+        shown = shlex.quote("".join(filter(str.isprintable, prompt)))   # it may hold a command
+        print(f"finished; draw: python sample.py --checkpoint {folder} --prompts {shown}")
 
 
 class StepLog:
@@ -785,6 +546,13 @@ class StepLog:
         """The clock, which stood still meanwhile, begins anew."""
         self.step, self.data_seconds, self.since = state.step, 0.0, time.perf_counter()
 
+    def wait_for(self, batches):
+        """The next batch. How long it was waited for is logged."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.data_seconds += time.perf_counter() - start
+        return batch
+
     def report(self, state, lr):
         """Write the means to TensorBoard; returns a short text for the progress bar. Raises:
         ValueError on all ranks after 20 updates, in whole log intervals, without a finite one."""
@@ -796,7 +564,7 @@ class StepLog:
             newest = [*models.find_checkpoints(self.folder), "none"][0]
             raise ValueError(f"no finite gradient in {self.bad} updates up to step {state.step}; "
                              f"the last checkpoint is {newest}; try a lower --lr or --amp off")
-        if skipped and not state.is_scaled and dist.get_rank() == 0:
+        if skipped and not state.is_scaled and self.writer:
             tqdm.write(f"warning: {skipped:.0f} of {steps} updates up to step {state.step} "
                        "skipped: loss or gradient not finite", file=sys.stderr)
         loss, norm = (loss / made, norm / made) if made else (math.nan, math.nan)
@@ -804,8 +572,9 @@ class StepLog:
         speed = (state.step - self.step) * self.batch_size / seconds
         values = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": lr,
                   "train/skipped": skipped, "speed/images_per_second": speed,
-                  "speed/data_wait_share": self.data_seconds / seconds,
-                  "memory/peak_gib": peak_gib(state.sums.device)}
+                  "speed/data_wait_share": self.data_seconds / seconds}
+        if torch.cuda.is_initialized():
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         with tolerate(OSError, "curves could not be written"):
             for tag, value in values.items() if self.writer else ():
                 self.writer.add_scalar(tag, value, state.step)
@@ -815,52 +584,168 @@ class StepLog:
         return f"loss {loss:.4f}, {speed:.0f} images/s"
 
 
-def finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder, stop):
-    """Validation loss and, every --sample-every epochs, the grid and the way to its first picture:
-    all with the EMA weights. A request to stop leaves out what is not done yet."""
-    averaged = copy.copy(model)
-    averaged.unet = state.ema
-    values, images = {"epoch/loss": state.epoch_losses[-1]}, {}
-    draws = args.sample_every and (state.epoch % args.sample_every == 0
-                                   or state.epoch == args.epochs)
-    with tolerate(data.SPARED, "validation or samples left out"):
-        if len(val_loader.dataset.images):
-            batches = takewhile(lambda _: not stop.look(), val_loader)
-            values |= validate(averaged, batches, unreadable, dtype)
-        asked = any(data.gather(stop.look()))
-        stop.agreed |= asked
-        if asked:   # the validation may have ended early
-            values = {"epoch/loss": state.epoch_losses[-1]}
-        elif draws:
-            how = dict(guidance_scale=args.sample_guidance, dtype=dtype,
-                       steps=min(30, model.schedule.num_train_timesteps),
-                       batch_size=args.batch_size // dist.get_world_size() // args.accumulation)
-            images["grid"] = make_grid(generate_sharded(averaged, prompts, **how), prompts)
-            if writer:
-                images["denoising"] = make_strip(averaged, prompts[0], **how)
-    unreadable.check()
-    if not writer:
-        return
-    said = [f"{tag[6:].replace('_', ' ')} {value:.5f}" for tag, value in values.items()
-            if tag.startswith("epoch/")]
-    tqdm.write(f"epoch {state.epoch}: {', '.join(said)}")
-    values["epoch/peak_gib"] = peak_gib(model.device)
-    with tolerate(OSError, "curves and samples could not be written", writer):
-        for tag, value in values.items():
-            writer.add_scalar(tag, value, state.step)
-        for name, image in images.items():
-            writer.add_image(f"samples/{name}", np.asarray(image), state.step, dataformats="HWC")
-        if images:
-            images["grid"].save(folder / f"samples_epoch{state.epoch:04d}.png")
-        writer.flush()
+# Flags, each with its default; the presets' own are below
+
+LR_SCHEDULES = ("constant", "cosine", "decay")
+
+
+def number_or_none(text):
+    return None if text == "none" else float(text)
+
+
+@dataclass
+class TrainingConfig:
+    """What a run does. It travels in the checkpoint, so that --resume needs no other flags."""
+
+    data: str = flag("shapes", "captioned images: a folder, .zip or .tar files; or built-in shapes",
+                     title="data", type=place)
+    captions: str = flag(None, "a file, folder or archive with captions, if elsewhere", type=place)
+    caption_column: str = flag(None, "the column or key with the captions")
+    caption_template: str = flag(None, "the caption of all images; {} stands for a folder's name")
+    max_bad_images: float = flag(0.01, "stop if a larger share of captions is of missing images")
+    val_fraction: float = flag(0.05, "share held out for validation")
+    flip: bool = flag(False, 'mirror half of the images; off because captions say "left"')
+    cache_latents: str = flag(None, "encode images once, into this folder or beside the data",
+                              nargs="?", const="")
+    workers: int = flag(None, "loader processes per rank; not given: its cores less one")
+
+    preset: str = flag(None, "not given: for shapes tiny, for other data standard", choices=PRESETS,
+                       title="optimization")
+    init_from: str = flag(None, "a run or checkpoint, whose model and average start a new run",
+                          type=place)
+    epochs: int = flag(100, "how often every image is visited")
+    batch_size: int = flag(128, "images per optimizer update, over all processes")
+    accumulation: int = flag(1, "micro-batches per update")
+    lr: float = flag(2e-4, "AdamW's peak learning rate")
+    warmup_steps: int = flag(1000, "updates over which the learning rate rises linearly")
+    lr_schedule: str = flag("cosine", "decay: in the last fifth", choices=LR_SCHEDULES)
+    adam_betas: tuple = flag((0.9, 0.999), "AdamW's averages", type=float, nargs=2)
+    weight_decay: float = flag(0.01, "AdamW's")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm; inf: never")
+    min_snr_gamma: float = flag(5.0, "upper clamp of the SNR, the x_0 error's weight (Hang et al. "
+                                "2023); none for both: the simple loss", type=number_or_none)
+    snr_floor: float = flag(None, "lower clamp (Salimans & Ho 2022)", type=number_or_none)
+    ema_decay: float = flag(0.9999, "decay of the averaged weights")
+    seed: int = flag(0, "of first weights, order, timesteps and noise")
+
+    amp: str = flag("auto", "auto: bf16, on older GPUs fp16; off on CPUs", choices=AMP,
+                    title="system")
+    compile: bool = flag(False, "torch.compile the UNet")
+    gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
+    device: str = flag("auto", "auto: GPUs, if any", choices=DEVICES)
+
+    resume: str = flag(None, "go on from a run folder or checkpoint, with its flags", type=place,
+                       title="run")
+    runs: str = flag("runs", "where run folders are made")
+    name: str = flag(None, "appended to the run folder's name")
+    folder: str = flag(None, "the run folder, and where it goes on from if begun", type=place)
+    max_steps: int = flag(None, "stop and save after this many updates in all")
+    time_limit: float = flag(None, "stop and save after so many minutes; or before a job's end")
+    save_every: int = flag(1, "epochs between checkpoints")
+    save_minutes: float = flag(30.0, "minutes between checkpoints inside an epoch; inf: none")
+    keep_last: int = flag(3, "newest checkpoints to keep")
+    sample_every: int = flag(1, "epochs between grids; 0: none")
+    sample_prompts: list = flag(None, "not given: validation captions", type=str, nargs="+")
+    log_every: int = flag(20, "updates between log points")
+
+    def __post_init__(self):
+        models.check_ranges(
+            self, epochs=1, accumulation=1, seed=0, workers=0, save_every=1, keep_last=1,
+            log_every=1, sample_every=0, max_steps=1, save_minutes=0, time_limit=0, lr=0,
+            warmup_steps=0, weight_decay=0, snr_floor=0, min_snr_gamma=self.snr_floor or 0.01,
+            max_grad_norm=1e-6, max_bad_images=(0, 1), val_fraction=(0, 0.99),
+            ema_decay=(0, 0.999999), adam_betas=(0, 0.999999))
+        require("/" not in (self.name or ""), self, "name", "is part of a folder's name: no /")
+
+
+# What suits a preset better than the defaults above, which are the standard preset's.
+TRAINING_PRESETS = {
+    "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay",
+                 ema_decay=0.998, snr_floor=1.0, adam_betas=(0.9, 0.99)),   # 0.999: loss may leap
+    "large": dict(batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant")}
+
+
+def parse_flags(argv=None):
+    """{name: value} of the flags that were given."""
+    parser = data.Parser("Train a text-to-image latent diffusion model.", epilog="; ".join(
+        f"{name}: {TRAINING_PRESETS.get(name, {})}, {model}" for name, model in PRESETS.items()))
+    parser.add_options(fields(TrainingConfig))
+    parser.add_options(fields(ModelConfig), "model (kept in the checkpoint; see the presets below)")
+    return vars(parser.parse_args(None if argv is None else list(map(str, argv))))
+
+
+def stored_args(payload):
+    """The TrainingConfig in a checkpoint. Older versions had more flags."""
+    known = TrainingConfig.__dataclass_fields__
+    return TrainingConfig(**{k: v for k, v in payload["args"].items() if k in known})
+
+
+def settle(given):
+    """(args, ModelConfig, payload of the checkpoint to start from or None, its path if the run is
+    resumed). Flags that are given win over those of a resumed run, and these over the preset's; a
+    resumed run's model and sample order cannot be changed."""
+    asked, payload, path = argparse.Namespace(**given), None, None
+    of_model = {k: v for k, v in given.items() if k in ModelConfig.__dataclass_fields__}
+    flags = {k: v for k, v in given.items() if k not in of_model}
+    folder, resume, start = (given.get(name) for name in ("folder", "resume", "init_from"))
+    resume = folder if folder and models.find_checkpoints(folder) else resume
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
+            folder and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"):
+        # Else a restart begins anew, or calls at the addresses of the dead (pytorch issue 135712).
+        raise ValueError("torchrun --max-restarts: add --folder RUN, and in the environment set "
+                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    if resume:
+        payload, path = models.load_checkpoint(resume)
+        newest, *older = models.find_checkpoints(path.parent) or [path]
+        require(folder or path != Path(resume) or path not in older, asked, "resume",
+                f"the folder holds {newest.name}; delete what is newer, or add --folder NEW")
+        args, kept = replace(stored_args(payload), **flags), {"seed", "batch_size", "val_fraction"}
+        if gone := [k for k in ("random_crop", "bf16_gradients") if payload["args"].get(k)]:
+            raise ValueError(f"--resume {resume}: {gone[0]} is gone; go on with the older version")
+        require(args.epochs >= payload["epoch"], args, "epochs", f"{payload['epoch']} are done")
+    else:
+        payload = models.load_checkpoint(start)[0] if start else None
+        suited = "tiny" if data.is_builtin(given.get("data", "shapes")) else "standard"
+        preset = payload["args"]["preset"] if payload else given.get("preset", suited)
+        args = TrainingConfig(**{**TRAINING_PRESETS.get(preset, {}), **flags, "preset": preset})
+        kept = set()
+    # A new run may draw at another size. Networks' weights are compared when they are loaded.
+    free = {"vae", "text_encoder"} | (set() if resume else {"resolution", "caption_dropout"})
+    for name in (kept | {"preset", *of_model} - free).intersection(given) if payload else ():
+        then = (payload["args"] | payload["config"])[name]
+        require(given[name] == then, asked, name, f"{path or start} has {then}; leave it out")
+    config = ModelConfig(**(payload["config"] if payload else vars(PRESETS[preset])) | of_model)
+    if not payload:
+        check_schedule(config)
+        if config.text_encoder == "builtin" and data.is_builtin(args.data):
+            config = replace(config, builtin_words=data.VOCABULARY)   # of other data: main
+    require(args.cache_latents is None or config.vae != "none", args, "cache_latents",
+            "--vae none has no latents to cache")
+    return args, config, payload, path
+
+
+def check_schedule(config):
+    """Raises: ValueError where sampling cannot start at x_T. Not of runs that began before this was
+    checked: they stay what they are."""
+    last = models.NoiseSchedule(config).alphas_cumprod[-1].item()
+    require(last < 0.05, config, "num_train_timesteps", f"x_T is far from noise, with alpha_bar "
+            f"{last:.2g}; use more, or add --beta-schedule cosine")
+    # An error in eps is magnified by 1 / sqrt(alpha_bar), and latents are not clipped.
+    require(last > 1e-5 or config.vae == "none" or config.prediction_type != "epsilon", config,
+            "prediction_type", f"latents explode where alpha_bar ends at {last:.1g}; use "
+            "v_prediction or sample, or another --beta-schedule")
 
 
 @give_signals_back()
 def main(argv=None):
     """Train as the command line says, or in Python as the list `argv`; returns the run folder."""
-    args, config, payload, checkpoint_path = parse_args(argv)
-    deadline = stop_time(args.time_limit)
-    device = data.setup_processes(args.device)
+    given = parse_flags(argv)
+    deadline = stop_time(given.get("time_limit"))
+    device = data.setup_processes(given.get("device", "auto"))
+    folder = known_folder(given)
+    # Held as long as main runs, the lock keeps other jobs out: the newest checkpoint stays that.
+    _lock = take_over(folder) if folder else None
+    args, config, payload, checkpoint_path = settle(given)
     dtype = data.amp_dtype(args.amp, device)
     is_main = dist.get_rank() == 0
 
@@ -877,8 +762,8 @@ def main(argv=None):
     # The frozen networks, and the UNet that is trained: the same first weights on every rank.
     torch.manual_seed(args.seed)
     model = Model(config, device, payload and payload.get("frozen"))
-    if not checkpoint_path:
-        models.load_first_weights(model.unet, payload, args.init_unet)
+    if args.init_from and not checkpoint_path:
+        models.load_weights(model.unet, payload["ema"])
     model.text_encoder.remember(source.texts)
 
     # What training changes, and so what a checkpoint holds.
@@ -890,27 +775,26 @@ def main(argv=None):
 
     # Samples: captions as text with pixels or, from the cache, latents.
     loader, val_loader = make_loaders(args, model, source, order, train_images, val_images)
-    unreadable = UnreadableImages(source, args.max_bad_images)
     net = prepare_network(args, model.unet, device)
 
     # The run folder. A checkpoint does not say where it lies or when to pause.
-    folder = make_run_folder(args, checkpoint_path)
+    if not folder:
+        folder = make_run_folder(args)
+        _lock = take_over(folder)
     record = dict(config=asdict(config), train_images=len(train_images), frozen=model.frozen,
                   fingerprint=source.fingerprint, args={
                       name: value for name, value in vars(args).items()
                       if name not in ("resume", "folder", "max_steps", "time_limit")})
     counts = len(train_images), len(val_images)
     said = print_start(args, model, source, order, counts, folder, checkpoint_path, dtype)
-    # Held as long as main runs, the lock keeps other jobs out.
-    writer, _lock = open_run_folder(folder, record, state.step, said, args.folder)
+    writer = open_run_folder(folder, record, state.step, said, args.folder) if is_main else None
 
-    max_norm = min(args.max_grad_norm, 1e38)   # inf by an infinite norm would be NaN
     log = StepLog(writer, folder, args.batch_size, state)
     stop = StopRequest(folder / "stop", deadline, args.max_steps, state.step, args.save_minutes)
-    save = partial(state.save, folder, (args.keep_last, args.keep_every), **record)
+    save = partial(state.save, folder, args.keep_last, **record)
     while state.epoch < args.epochs and not stop.agreed:
         order.start_at(state.epoch, state.step_in_epoch)
-        batches = patiently(loader, stop, save)
+        batches = iter(loader)
         bar = tqdm(total=order.steps_per_epoch, initial=state.step_in_epoch, unit="step",
                    desc=f"epoch {state.epoch + 1}/{args.epochs}", disable=not is_main,
                    mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
@@ -920,52 +804,41 @@ def main(argv=None):
             state.optimizer.param_groups[0]["lr"] = lr
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
             for micro in range(args.accumulation):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                log.data_seconds += time.perf_counter() - waiting
-                unreadable.note(batch)
-                batch = data.to_device(batch, device)
+                batch = data.to_device(log.wait_for(batches), device)
+                # Of dropout, where the network has any.
+                torch.manual_seed(order.dropout_seed(state.step, micro))
                 # DDP averages gradients over ranks in the last backward pass of an update.
                 net.require_backward_grad_sync = micro == args.accumulation - 1
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     errors = diffusion_loss(net, model, batch, args.min_snr_gamma, args.snr_floor)
                 # Micro-batches are of equal size: the mean of their means is the batch's mean.
                 loss = errors.mean() / args.accumulation
-                # An infinite loss may have finite gradients: make them NaN.
-                loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
-                state.scaler.scale(loss).backward()
+                state.backward(loss)
                 step_loss += loss.detach()
-            # The scaler skips the update where a gradient is not finite. DDP's average has brought
-            # a NaN to all ranks, so all of them skip it.
-            state.scaler.unscale_(state.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(state.weights, max_norm)
-            state.scaler.step(state.optimizer)
-            state.scaler.update(None if state.is_scaled else 1.0)
-            state.optimizer.zero_grad(set_to_none=True)
+            norm = state.step_optimizer()
             state.count_update(step_loss, norm)
             update_ema(state.averages, state.weights, state.step, args.ema_decay)
             bar.update()
             if state.step % args.log_every == 0 or state.step_in_epoch == order.steps_per_epoch:
-                unreadable.check()
                 bar.set_postfix_str(log.report(state, lr))
             stop.poll(state.step)
             if stop.save_is_due and state.step_in_epoch < order.steps_per_epoch:
                 save()
                 stop.note_save()
         bar.close()
+        if state.step_in_epoch < order.steps_per_epoch:
+            break   # asked to stop
 
         # Saving comes before what may fail: drawing, validation, TensorBoard.
-        if is_whole := state.step_in_epoch == order.steps_per_epoch:
-            state.end_epoch()
+        state.end_epoch()
         if stop.agreed or state.epoch % args.save_every == 0 or state.epoch == args.epochs:
             save()
             stop.note_save()
-        if is_whole:
-            finish_epoch(args, state, model, val_loader, unreadable, prompts, dtype, writer, folder,
-                         stop)
-            log.restart(state)
-    save(tries=7)
-    end_run(args, state, folder, writer, prompts[0])
+        finish_epoch(args, state, model, val_loader, prompts, dtype, writer, folder, stop)
+        log.restart(state)
+    save(is_last=True)
+    if is_main:
+        end_run(args, state, folder, writer, prompts[0])
     return folder
 
 

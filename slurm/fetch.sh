@@ -3,7 +3,6 @@
 # compute nodes have no internet.
 #
 #     bash slurm/fetch.sh --data flickr8k --preset standard   # with the flags of the run to come
-set -euo pipefail
 source slurm/common.sh
 
 HF_HUB_OFFLINE=0 python - "$@" <<'END'
@@ -17,12 +16,10 @@ from data import run_main
 
 
 def main():
-    args, config, *_ = train.parse_args(sys.argv[1:])
+    _, config, *_ = train.parse_args(sys.argv[1:])
     judge = evaluate.parse_args(["--checkpoint", "none"])
     models.TextEncoder(config)
     models.ImageCodec(config)
-    if args.init_unet:
-        models.load_first_weights(models.Model(config).unet, None, args.init_unet)
     evaluate.Clip(judge.clip_model, "cpu")
     evaluate.Inception(judge.inception_layer, None, "cpu")
     print(f"text encoder {config.text_encoder}, VAE {config.vae}, CLIP {judge.clip_model} and "

@@ -119,7 +119,7 @@ def blank_latents(args, model, source, workers):
     report("latent cache", is_finite and free > size,
            f"{size / 2**30:.3g} GiB, {free / 2**30:.1f} GiB are free; made once, in {hours:.2f} h, "
            "unless it is there already")
-    return lambda i, place=None, mirror=False: dict(moments=blank)
+    return lambda i, mirror=False: dict(moments=blank)
 
 
 def timed_loader(samples, order, device, workers, make_loader=data.make_loader):
@@ -146,7 +146,7 @@ def check_training(args, argv, device, steps_before):
     train.TrainingState, train.latent_loader = TriedState, blank_latents
     train.take_over = lambda folder: None   # NFS cannot remove a folder with an open file
     train.tolerate = lambda *_: nullcontext()   # what a run would survive fails here
-    train.end_run = lambda args, state, folder, writer, prompt: writer and writer.close()
+    train.end_run = lambda args, state, folder, writer, prompt: writer.close()
     is_main, folder = dist.get_rank() == 0, None
     if is_main:
         Path(args.runs).mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def what_it_left(args, folder, device, steps_before):
     reading, saving = time.perf_counter() - start, TriedState.seconds
     steps_per_epoch = payload["train_images"] // args.batch_size
     events = EventAccumulator(str(folder)).Reload()
-    if "epoch/peak_gib" not in events.Tags()["scalars"]:
+    if "epoch/loss" not in events.Tags()["scalars"]:
         raise ValueError("preflight: stopped before the end of the short epoch")
 
     def logged(tag):   # the first epoch's values, also where it has fewer steps
@@ -183,12 +183,11 @@ def what_it_left(args, folder, device, steps_before):
     yield "steps", math.isfinite(logged("train/loss")[-1]), (
         f"{seconds:.3f} s at batch {args.batch_size}, {speed:.0f} images/s")
 
-    in_step, at_end = logged("memory/peak_gib")[-1], logged("epoch/peak_gib")[0]
-    total, text = math.inf, f"peak {in_step:.1f} GiB in a step, {at_end:.1f} at an epoch's end"
     if device.type == "cuda":
+        in_step, at_end = logged("memory/peak_gib")[-1], torch.cuda.max_memory_allocated() / 2**30
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
-        text += f", of {total:.1f}"
-    yield "memory", at_end < 0.95 * total, text
+        yield "memory", at_end < 0.95 * total, (
+            f"peak {in_step:.1f} GiB in a step, {at_end:.1f} at an epoch's end, of {total:.1f}")
 
     # At its time limit a run has five minutes to save.
     is_finite = all(weight.isfinite().all() for weight in payload["unet"].values())
@@ -197,8 +196,7 @@ def what_it_left(args, folder, device, steps_before):
         f"{size / 2**30:.3f} GiB, written in {saving:.1f} s, read again in {reading:.1f} s")
 
     saves = math.ceil(args.epochs / args.save_every)
-    marked = args.epochs // args.keep_every if args.keep_every else 0
-    kept, free = args.keep_last + 1 + marked, shutil.disk_usage(folder).free
+    kept, free = args.keep_last + 1, shutil.disk_usage(folder).free
     yield "disk", free > kept * size, (f"{kept} checkpoints take {kept * size / 2**30:.1f} GiB, "
                                        f"{free / 2**30:.1f} GiB are free")
 
@@ -213,7 +211,7 @@ def what_it_left(args, folder, device, steps_before):
 def main():
     """Raises: ValueError where a check failed."""
     argv = sys.argv[1:]
-    args, _, payload, checkpoint = train.parse_args(argv)
+    args, _, payload, checkpoint = train.settle(train.parse_flags(argv))
     device = data.setup_processes(args.device)
     check_machine(args, device)
     resume = ["--resume", str(checkpoint)] if checkpoint else []

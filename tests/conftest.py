@@ -1,10 +1,13 @@
 """Shared by the tests: starting the real scripts with a time limit, small data, small networks."""
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_flatten
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"   # else forked processes cannot use a GPU
 if "PYTEST_XDIST_WORKER" in os.environ:   # two that compute on all cores slow each other down
-    number = int(os.environ["PYTEST_XDIST_WORKER"][2:])
+    cores, number = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"][2:])
     count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[number % len(cores)::count])
 
 import preloaded  # noqa: E402
@@ -56,20 +59,33 @@ def as_rank(monkeypatch):
 # Starting scripts
 
 
-def command_line(script, *args, processes=1, torchrun=()):
-    """The command of a script of the project, or of any other file."""
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-             *torchrun] if processes > 1 or torchrun else []
-    return [sys.executable, *start, str(ROOT / script), *map(str, args)]
+def command_of(script, args, patch, folder):
+    """The script, of the project or any other file, and its flags; where there are lines of Python
+    to run before, `train.py` is a file in this folder that runs them and train.main."""
+    if patch:
+        script = Path(folder) / "patched.py"
+        script.write_text(f"import os, time, torch, data, train\n{patch}\n"
+                          "data.run_main(train.main)")
+    return [str(ROOT / script), *map(str, args)]
 
 
-def launch(script, *args, processes=1, cwd=None, timeout=300, env=None):
-    """Run a script to its end; returns the finished process, its output as text."""
-    command, env = command_line(script, *args, processes=processes), {**os.environ, **(env or {})}
-    if processes == 1:
-        return preloaded.run(command[1:], cwd, env, timeout)
-    return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, text=True,
-                          capture_output=True)
+def launch(script, *args, processes=1, cwd=None, timeout=600, env=None, patch=""):
+    """Run a script to its end; returns the finished process, its output as text. Where one of
+    several processes fails the others are ended, as by torchrun. `patch`: see command_of."""
+    deadline, env = time.monotonic() + timeout, {**os.environ, **(env or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        command = command_of(script, args, patch, folder)
+        ranks = preloaded.start(command, processes, cwd, env, outputs)
+        while alive := [rank for rank in ranks if rank.exitcode is None]:
+            is_late = time.monotonic() > deadline
+            for rank in alive if is_late or any(rank.exitcode for rank in ranks) else ():
+                rank.kill()
+            wait([rank.sentinel for rank in alive], 1)
+        texts = [path.read_text() for path in outputs]
+    assert not is_late, texts
+    code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    return subprocess.CompletedProcess(command, code, *texts)
 
 
 def run_ok(*args, **kwargs):
@@ -86,16 +102,22 @@ def train_run(folder, *args, **kwargs):
 
 
 class Job:
-    """train.py, or another script, in the background, its output in a file."""
+    """train.py, or another script, in the background, its output in a file; by torchrun, unless it
+    is one process. `patch`: see command_of."""
 
-    def __init__(self, folder, *args, script="train.py", processes=2, torchrun=(), env=None):
-        self.log = Path(folder) / "log"
+    def __init__(self, folder, *args, script="train.py", processes=2, torchrun=(), env=None,
+                 patch=""):
+        self.log, command = Path(folder) / "log", command_of(script, args, patch, folder)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        self.log.touch()
+        if processes == 1 and not torchrun:
+            self.process = preloaded.Process(command, folder, env, [self.log] * 2)
+            return
+        start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                command_line(script, *args, processes=processes, torchrun=torchrun), cwd=folder,
-                stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **(env or {}), "PYTHONPATH":
-                     f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
+            self.process = subprocess.Popen([sys.executable, "-m", *start, *torchrun, *command],
+                                            cwd=folder, stdout=log, stderr=log, env=env,
+                                            start_new_session=True)
 
     def __enter__(self):
         return self
@@ -119,15 +141,8 @@ class Job:
 
     def ranks(self):
         """Process ids of torchrun's ranks, rank 0 first."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, ValueError):
-                environ = (entry / "environ").read_bytes().decode().split("\0")
-                environ = dict(line.partition("=")[::2] for line in environ)
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.process.pid and "RANK" in environ:
-                    found[int(environ["RANK"])] = int(entry.name)
-        return [found[rank] for rank in sorted(found)]
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return sorted(int(pid) for file in children for pid in file.read_text().split())
 
 
 # Looking at what a run left
@@ -150,24 +165,24 @@ def errors(text):
 def scalars(run, tag):
     """{step: value} of a TensorBoard scalar; none where it is not there."""
     events = EventAccumulator(str(run)).Reload()
-    if tag not in events.Tags()["scalars"]:
-        return {}
-    return {event.step: event.value for event in events.Scalars(tag)}
+    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    return {point.step: point.value for point in points}
 
 
 def assert_same(a, b):
     """Nested dicts, lists and tensors equal bit for bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    (ours, kinds), (theirs, others) = tree_flatten(a), tree_flatten(b)
+    assert kinds == others
+    for x, y in zip(ours, theirs):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def readme_block(word):
+    """The README's only block of Python with this word in it."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    block, = [block for block in blocks if word in block]
+    return block
 
 
 # Data and networks
@@ -191,6 +206,12 @@ def make_pictures(folder, count=24, captions=2, sides=(20, 18), vary=True, suffi
 
 
 @pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run of three updates on the built-in pictures."""
+    return train_run(tmp_path_factory.mktemp("run"), *TINY, "--batch-size", 24, "--max-steps", 3)
+
+
+@pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     return make_clip(tmp_path_factory.mktemp("clip"))
 
@@ -204,3 +225,10 @@ def vae(tmp_path_factory):
 def photos(tmp_path_factory):
     """24 small pictures of different shapes, two captions each."""
     return make_pictures(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def flags(photos):
+    """A run on them, two steps an epoch, with the built-in text encoder."""
+    return [*TINY, "--data", photos, "--preset", "tiny", "--workers", 0, "--batch-size", 8,
+            "--val-fraction", 0.1]

@@ -1,20 +1,16 @@
-"""To diffusers and back: an exported model draws our pictures in diffusers' own pipeline, and its
-UNet can be trained on."""
-import shutil
-
+"""To diffusers and back: an exported model draws our pictures in diffusers' own pipeline, and the
+README's recipe makes a pipeline a checkpoint of ours."""
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import AutoTokenizer, CLIPTextModel
 
 import data
 import sample
-import train
-from conftest import TINY, newest, run_ok, scalars, train_run
-from models import PRESETS, Model, ModelConfig, load_model, read_pipeline
+from conftest import assert_same, newest, readme_block, run_ok, train_run
+from models import PRESETS, Model, ModelConfig, load_model
 from sample import export_pipeline
-from tiny_networks import make_clip, make_vae
-from train import diffusion_loss
 
 PROMPTS = ["a dog runs over the grass", "two people on a beach"]
 UNET = dict(PRESETS["standard"].unet, block_out_channels=[16, 32], layers_per_block=1,
@@ -59,81 +55,77 @@ def test_our_pictures(tmp_path, clip, vae, sampler, steps, betas, predicts, zero
 
 def test_what_the_pipeline_cannot_draw_is_refused(tmp_path, clip, vae, monkeypatch):
     """The reason is said, and no folder is left."""
-    shifted = make_model(clip, vae)
-    shifted.codec.shift = 0.1
-    refused = [(shifted, "ddim", "it ignores the VAE's shift_factor; use another --vae"),
-               (Model(PRESETS["tiny"]), "ddim", "the model draws pixels; train with --vae"),
-               (make_model(clip, vae), "ddpm", "it has no other --sampler than ddim and dpm.*"),
-               (make_model(clip, vae, pooled_text=True), "ddim", "it has no input for pooled.*")]
     monkeypatch.setitem(sample.SAMPLERS, "own", sample.ddim)
-    refused.append((make_model(clip, vae), "own", "it has no other --sampler than ddim and dpm.*"))
-    for wrong, sampler, reason in refused:
-        with pytest.raises(ValueError, match=f"^--export .*: not for StableDiff.*: {reason}$"):
+    latent, shifted = make_model(clip, vae), make_model(clip, vae)
+    shifted.codec.shift = 0.1
+    for wrong, sampler, reason in (
+            (shifted, "ddim", "shift_factor"), (Model(PRESETS["tiny"]), "ddim", "--vae"),
+            (latent, "ddpm", "--sampler"), (latent, "own", "--sampler"),
+            (make_model(clip, vae, pooled_text=True), "ddim", "--no-pooled-text")):
+        with pytest.raises(ValueError, match=f"^--export .*{reason}"):
             export_pipeline(wrong, tmp_path / "no", sampler)
     assert not (tmp_path / "no").exists()
 
 
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch, clip, vae):
+    """pipeline(T, **noise) writes one of diffusers' own with 20 tokens into my_pipeline, lets the
+    README's recipe make my_model.pt of it, and returns its UNet's weights."""
+    def make(T=1000, in_channels=4, **noise):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(8, in_channels, cross_attention_dim=32, **UNET)
+        StableDiffusionPipeline(
+            AutoencoderKL.from_pretrained(vae), CLIPTextModel.from_pretrained(clip),
+            AutoTokenizer.from_pretrained(clip, model_max_length=20), unet,
+            DDIMScheduler(T, clip_sample=False, steps_offset=1, timestep_spacing="trailing",
+                          **noise), None, None,
+            requires_safety_checker=False).save_pretrained("my_pipeline")
+        exec(readme_block("DiffusionPipeline"), {})
+        return unet.state_dict()
+
+    monkeypatch.chdir(tmp_path)
+    return make
+
+
+STABLE_DIFFUSION = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+LINEAR = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+
+
+@pytest.mark.parametrize("T, predicts, noise", [
+    (1000, "epsilon", STABLE_DIFFUSION), (900, "sample", LINEAR),
+    (900, "v_prediction", LINEAR | dict(rescale_betas_zero_snr=True))])
+def test_a_pipeline_becomes_a_checkpoint(pipeline, T, predicts, noise):
+    """The recipe takes over weights, schedule, prediction type, tokens and size, so that our
+    sampler draws the pipeline's pictures."""
+    weights, model = pipeline(T, prediction_type=predicts, **noise), load_model("my_model.pt")
+    assert_same(weights, model.unet.state_dict())
+    assert dict(resolution=16, token_length=20, num_train_timesteps=T, prediction_type=predicts,
+                beta_schedule=noise["beta_schedule"]).items() <= vars(model.config).items()
+    assert model.config.zero_terminal_snr == ("rescale_betas_zero_snr" in noise)
+    assert_draws_ours("my_pipeline", model)
+
+
+@pytest.mark.parametrize("wrong, reason", [
+    (dict(LINEAR, beta_end=0.03), "BETA_SCHEDULES"), (dict(LINEAR, in_channels=9), "UNet")])
+def test_a_pipeline_that_is_not_ours(pipeline, wrong, reason):
+    """Betas that are not ours, and a UNet with other inputs, are refused by the recipe."""
+    with pytest.raises((AssertionError, ValueError), match=reason):
+        pipeline(**wrong)
+
+
 @pytest.mark.slow
-def test_training_goes_on_from_an_exported_unet(tmp_path, photos, clip, vae):
-    """--export writes the EMA weights; --init-unet takes architecture and weights from there, so
-    that the first loss is the exported model's. That run resumes without the folder."""
-    flags = [*TINY, "--data", photos, "--text-encoder", clip, "--vae", vae, "--no-pooled-text",
-             "--pixel-unshuffle", 1, "--batch-size", 4, "--workers", 0, "--val-fraction", 0]
-    run = train_run(tmp_path, *flags, "--preset", "tiny", "--max-steps", 6)
-    folder, model = tmp_path / "pipeline", load_model(run)
-    done = run_ok("sample.py", "--checkpoint", run, "--export", folder, "--device", "cpu")
-    assert "for diffusers: StableDiffusionPipeline.from_pretrained" in done.stdout
-    assert "Loading" not in done.stderr and "Writing" not in done.stderr   # the libraries' bars
-    assert_draws_ours(folder, model, steps=10)
-    tuned = train_run(tmp_path, *flags, "--init-unet", folder, "--preset", "standard",
-                      "--max-steps", 2)
-    source, images = data.CaptionedImages(photos), np.arange(24)
-    samples = data.Samples(data.image_loader(source, model.config), source.captions, images,
-                           model.config, model.codec.latent_shape)
-    batch = next(iter(data.make_loader(samples, data.GlobalOrder(images, 4))))
-    expected = diffusion_loss(model.unet, model, batch, min_snr_gamma=5.0).mean().item()
-    assert scalars(tuned, "train/loss")[1] == pytest.approx(expected, rel=1e-4)
-    shutil.rmtree(folder)
-    run_ok("train.py", "--resume", tuned, "--max-steps", 3)
-    assert newest(tuned)["step"] == 3
-    assert newest(tuned)["config"]["unet"]["block_out_channels"] == [64, 128]
-
-
-def test_a_pipeline_says_how_it_was_trained(tmp_path, clip, vae):
-    """--init-unet takes schedule, prediction type, tokens and, unless told otherwise, the size from
-    the pipeline; a flag that contradicts is refused, and so are betas that are not ours. A UNet
-    alone is trained on with a warning."""
-    said = dict(prediction_type="v_prediction", zero_terminal_snr=True, token_length=20,
-                beta_schedule="linear", num_train_timesteps=900)
-    export_pipeline(make_model(clip, vae, **said), tmp_path)
-    flags = ["--data", "x", "--text-encoder", clip, "--vae", vae, "--init-unet"]
-    config = train.parse_args([*flags, str(tmp_path)])[1]
-    assert said.items() <= vars(config).items() and config.resolution == 16
-    assert train.parse_args([*flags, str(tmp_path), "--resolution", "32"])[1].resolution == 32
-    for flag, value in (("--prediction-type", "epsilon"), ("--token-length", "77"),
-                        ("--beta-schedule", "cosine")):
-        with pytest.raises(ValueError, match=f"^{flag} {value}: the model to start from has "):
-            train.parse_args([*flags, str(tmp_path), flag, value])
-    with pytest.warns(UserWarning, match="^--init-unet .*/unet: is no pipeline and does not say"):
-        assert train.parse_args([*flags, str(tmp_path / "unet")])[1].resolution == 16
-    path = tmp_path / "scheduler/scheduler_config.json"
-    path.write_text(path.read_text().replace("0.02", "0.03"))
-    with pytest.raises(ValueError, match=r"^--init-unet .*: its betas end at \[0.0001, 0.03\]"):
-        train.parse_args([*flags, str(tmp_path)])
-
-
-def test_a_unet_that_does_not_fit(tmp_path, clip, vae):
-    """A pretrained UNet with another VAE, another text width or pooled text is refused in one line
-    that says so, and so is what is no UNet."""
-    export_pipeline(make_model(clip, vae), tmp_path)
-    unet = read_pipeline(str(tmp_path), ModelConfig(vae=vae))["unet"]
-    vae8, clip64 = make_vae(tmp_path / "a", latent_channels=8), make_clip(tmp_path / "b", width=64)
-    for networks, pooled, reason in (((clip, vae), True, "class_embed_type None, .* projection"),
-                                     ((clip, vae8), False, "in_channels 4, .* call for 8"),
-                                     ((clip64, vae), False, "attention_dim 32, .* call for 64")):
-        config = ModelConfig(unet=unet, resolution=16, text_encoder=networks[0], vae=networks[1],
-                             pooled_text=pooled)
-        with pytest.raises(ValueError, match=f"^--init-unet: that UNet has .*{reason}; choose"):
-            Model(config)
-    with pytest.raises(ValueError, match=f"^--init-unet {vae}: is a AutoencoderKL, not a UNet2D"):
-        read_pipeline(vae, ModelConfig(vae=vae))
+def test_training_goes_on_from_a_pipeline(pipeline, photos, tmp_path):
+    """From the recipe's checkpoint train.py --init-from starts without a flag of the model: with a
+    rate of 0 it leaves the pipeline's weights. The run resumes, and sample.py --export writes its
+    averaged weights, without the libraries' bars."""
+    weights = pipeline(**STABLE_DIFFUSION)
+    run = train_run(tmp_path, "--data", photos, "--init-from", "my_model.pt", "--batch-size", 4,
+                    "--workers", 0, "--lr", 0, "--max-steps", 1, "--device", "cpu")
+    assert_same(newest(run)["unet"], weights)
+    run_ok("train.py", "--resume", run, "--lr", 0.01, "--max-steps", 3)
+    assert not torch.equal(newest(run)["ema"]["conv_in.bias"], weights["conv_in.bias"])
+    done = run_ok("sample.py", "--checkpoint", run, "--export", "exported", "--device", "cpu",
+                  cwd=tmp_path)
+    assert "StableDiffusionPipeline.from_pretrained" in done.stdout
+    assert "Loading" not in done.stderr and "Writing" not in done.stderr
+    assert_draws_ours("exported", load_model(run))
