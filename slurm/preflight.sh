@@ -5,12 +5,10 @@
 #SBATCH --cpus-per-gpu=8
 #SBATCH --mem=64G                       # per node
 #SBATCH --time=0:15:00
-#SBATCH --constraint=gpu32g             # which nodes: see README.md beside this file
 #SBATCH --output=slurm/%x-%j.log        # from the folder in which sbatch is called: the one of train.py
 #
 # sbatch slurm/preflight.sh FLAGS       with the flags, and the --nodes and --gres, of the run to come: two minutes that
 #                                       may save a week. A FAIL line, and a failed job, where something is wrong.
-set -euo pipefail
 source slurm/common.sh
 
 # What the run will have, unless told by --time-limit. Slurm's forms are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.

@@ -5,7 +5,6 @@
 #SBATCH --cpus-per-gpu=8
 #SBATCH --mem=64G                       # per node
 #SBATCH --time=24:00:00
-#SBATCH --constraint=gpu32g             # which nodes: see README.md beside this file
 #SBATCH --requeue
 #SBATCH --output=slurm/%x-%j.log        # from the folder in which sbatch is called: the one of train.py
 #SBATCH --open-mode=append
@@ -15,11 +14,12 @@
 # The run lives in runs/job_JOBID. train.py stops in time by itself, with a checkpoint, and this script puts the job back
 # in the queue as long as the run is unfinished and each turn brings it further, so that an error cannot repeat for ever.
 # A turn that a preemption ended does not count.
-set -euo pipefail
 source slurm/common.sh
 
 run=runs/job_$SLURM_JOB_ID
-if [[ " $*" == *" --fo"* ]]; then echo "error: --folder: the run lives in $run; to go on from another: --resume RUN" >&2; exit 2; fi
+for flag; do
+    [[ $flag != --fo* ]] || { echo "error: --folder: the run lives in $run; to go on from another: --resume RUN" >&2; exit 2; }
+done
 if [[ -e $run/stop ]]; then echo "stopped by $run/stop: remove it to go on"; exit; fi
 mkdir -p "$run"
 newest_checkpoint() { find "$run" -name 'checkpoint_*.pt' | sort | tail -n 1; }

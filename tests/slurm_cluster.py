@@ -5,9 +5,8 @@ ports and folders.
         job = slurm.submit("slurm/train.sh", "--epochs", "1", options=["--nodes=2"])
         slurm.finish(job, "COMPLETED")
 
-Each node has two made-up GPUs and the feature gpu32g, so that the scripts' own #SBATCH lines are
-accepted. Jobs of the partition urgent preempt those of gpu, which get a grace time of 30 s. The
-system's Slurm is not touched: the programs find this one through SLURM_CONF.
+Each node has two made-up GPUs. Jobs of the partition urgent preempt those of gpu, which get a grace
+time of 30 s. The system's Slurm is not touched: the programs find this one through SLURM_CONF.
 """
 import getpass
 import os
@@ -21,8 +20,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 # A requeued job waits for as long as a job credential is valid (cred_expire), by default two
-# minutes. A job that does not stop by itself at its time limit is ended a minute later
-# (OverTimeLimit), as all takes longer on a busy machine.
+# minutes.
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -39,20 +37,22 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
 SlurmdTimeout=10
-OverTimeLimit=1
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=DEFAULT CPUs=32 RealMemory=262144 Gres=gpu:2 Feature=gpu32g
+NodeName=DEFAULT CPUs=32 RealMemory=262144 Gres=gpu:2
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=gpu Nodes=node[1-2] Default=YES State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=node[1-2] State=UP PriorityTier=2
 """
+# A job that takes both nodes for a second.
+URGENT = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+          "--wrap=sleep 1"]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
-ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL")
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "PREEMPTED")
 
 
 def why_not():
@@ -89,12 +89,6 @@ def environment(pid):
     return {}
 
 
-def kill(pids):
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 class SlurmCluster:
     def __init__(self, folder, cwd):
         """`cwd`: where commands are run, and so where jobs run."""
@@ -123,8 +117,9 @@ class SlurmCluster:
     def __exit__(self, *_):
         """End the daemons and all that they have started."""
         def all_gone():
-            left = self.processes()
-            kill(left)
+            for pid in (left := self.processes()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             return not left
         poll(all_gone, 20, "the last processes to end")
 
@@ -138,14 +133,10 @@ class SlurmCluster:
     def start_node(self, node):
         self.start("slurmd", "-D", "-N", node, name=node)
 
-    def kill_node(self, node):
-        """What a power cut does to the node on which all jobs run."""
+    def cut_off(self, node):
+        """Slurm no longer reaches the node, on which all goes on."""
         self.daemons[node].kill()
         self.daemons[node].wait(timeout=20)
-        steps = [pid for pid in self.processes()
-                 if Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd")]
-        kill(steps)   # before the job's processes, since they would report their end
-        kill(pid for pid in self.processes() if environment(pid).get("SLURMD_NODENAME") == node)
 
     def processes(self):
         """Ids of all processes that carry this cluster's configuration in their environment."""
@@ -161,11 +152,6 @@ class SlurmCluster:
         """sbatch's job id."""
         return self.run("sbatch", "--parsable", *options, *map(str, script_and_args)).strip()
 
-    def preempt_all(self):
-        """An urgent job takes both nodes for a second."""
-        self.submit(options=["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
-                             "--wrap=sleep 1"])
-
     def job(self, job):
         """scontrol's fields of a job."""
         text = self.run("scontrol", "show", "job", "-o", job)
@@ -174,7 +160,7 @@ class SlurmCluster:
     def log(self, job):
         return "".join(path.read_text() for path in self.cwd.glob(f"slurm/*-{job}.log"))
 
-    def finish(self, job, state, restarts=0, seconds=240):
+    def finish(self, job, state, restarts=0, seconds=400):
         """Wait until the job, restarted so often, has ended, which must be in this state."""
         def ended():
             fields = self.job(job)

@@ -1,22 +1,17 @@
 """The jobs of slurm/ on a real Slurm: two nodes on this machine with made-up GPUs (see
-slurm_cluster.py). And preflight.py, with and without it."""
+slurm_cluster.py)."""
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import time
 from contextlib import suppress
-from datetime import datetime
-from functools import partial
 from http.client import HTTPConnection
 
 import pytest
-from PIL import Image
 
-from conftest import ROOT, TINY, assert_same, checkpoints, errors, launch, newest, run_ok
-from slurm_cluster import PATH, SlurmCluster, environment, poll, why_not
+from conftest import ROOT, TINY, assert_same, checkpoints, newest, run_ok
+from slurm_cluster import PATH, URGENT, SlurmCluster, environment, poll, why_not
 
 pytestmark = pytest.mark.slow
 
@@ -30,11 +25,15 @@ def flags(photos, clip):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A copy of the project, from which jobs are submitted."""
+    """A copy of the project, from which jobs are submitted. The site's lines find the environment,
+    have an unknown name and fail; Slurm has not said when the job will end, unless $END does."""
     folder = tmp_path_factory.mktemp("project")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("*.log"))
+    common = folder / "slurm" / "common.sh"
+    site = f"PATH+=:{PATH}\nexport SLURM_JOB_END_TIME=$END\nfalse\n# <<<\n"
+    common.write_text(common.read_text().replace("# <<<\n", site))
     return folder
 
 
@@ -79,7 +78,7 @@ def turns(slurm, job):
 
 def wait_for_steps(slurm, job, turn):
     """Wait until the job's given turn (1, 2, ...) has made some steps of its own."""
-    poll(lambda: [turn for turn in turns(slurm, job)[turn - 1:] if len(turn) > 2], 180,
+    poll(lambda: [turn for turn in turns(slurm, job)[turn - 1:] if len(turn) > 2], 300,
          f"turn {turn} of job {job} to train")
 
 
@@ -107,85 +106,76 @@ def in_path(folder, **programs):
 
 
 def test_jobs_train_as_torchrun_does(slurm, plain, flags):
-    """sbatch train.sh gives torchrun's weights bit for bit on one node with two GPUs, and its
-    losses on two nodes with one each; finished jobs are not put back in the queue."""
-    one = slurm.submit("slurm/train.sh", *flags)
+    """sbatch train.sh gives torchrun's weights bit for bit on one node with two GPUs, also with
+    nothing of sbatch's environment, and its losses on two nodes with one each; finished jobs are
+    not put back in the queue."""
+    one = slurm.submit("slurm/train.sh", *flags, options=["--export=NONE"])
     two = slurm.submit("slurm/train.sh", *flags, "--max-steps", "24",
                        options=["--nodes=2", "--gres=gpu:1"])
     slurm.finish(one, "COMPLETED")
     assert_same(outcome(run_of(slurm, one)), plain)
     slurm.finish(two, "COMPLETED")
-    assert slurm.job(two)["NodeList"] == "node[1-2]"
     losses = newest(run_of(slurm, two))["epoch_losses"]
     assert losses == pytest.approx(plain["epoch_losses"][:2], rel=1e-4)
 
 
 def test_orderly_stops_lose_nothing(slurm, plain, flags):
-    """After SIGTERM, a requeue, a preemption and the time limit the job goes on by itself to the
-    same weights."""
+    """Shortly before the time limit, after SIGUSR2, a requeue, a preemption, and where the limit is
+    reached, as with a clock that is behind, the job goes on by itself to the same weights."""
     job = slurm.submit("slurm/train.sh", *flags, options=["--time=1"])
-
-    def preempt():
-        slurm.preempt_all()
-        poll(lambda: slurm.job(job)["PreemptTime"] != "None", 30, "the preemption")
-
-    def let_time_pass():   # train.py stops after 54 of the 60 seconds
-        minutes, seconds = slurm.job(job)["RunTime"].split(":")[-2:]
-        time.sleep(max(0, 55 - 60 * int(minutes) - int(seconds)))
-        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")   # of the turn to come
-
-    for turn, stop in enumerate([lambda: slurm.run("scancel", "--signal=TERM", job),
-                                 lambda: slurm.run("scontrol", "requeue", job),
-                                 preempt, let_time_pass], start=1):
+    update = "scontrol", "update", f"JobId={job}"
+    stops = [   # a command, and what Slurm says of the job when it has taken effect
+        ([*update, "TimeLimit=10"], lambda now: now["RunTime"] > "00:00:54"),   # for the next turns
+        (["scancel", "--signal=USR2", job], bool),
+        (["scontrol", "requeue", job], bool),
+        (URGENT, lambda now: now["PreemptTime"] != "None"),
+        ([*update, "EndTime=now"], lambda now: now["Reason"] == "TimeLimit")]
+    for turn, (command, is_done) in enumerate(stops, start=1):
         wait_for_steps(slurm, job, turn)
         ranks = ranks_of(slurm, job)
         send(ranks, signal.SIGSTOP)   # so that what is done to the job meets them at this step
-        stop()
+        slurm.run(*command)
+        poll(lambda: is_done(slurm.job(job)), 90, f"{command}")
         send(ranks, signal.SIGCONT)
-    slurm.finish(job, "COMPLETED", restarts=4)
+    slurm.finish(job, "COMPLETED", restarts=5)
     stopped_at = [int(step) for step in re.findall(r"stopped after (\d+) steps", slurm.log(job))]
-    assert len(stopped_at) == 4
+    assert len(stopped_at) == 5
     assert [steps[0] for steps in turns(slurm, job)] == [0, *stopped_at]
     assert_same(outcome(run_of(slurm, job)), plain)
 
 
 def test_violent_ends_cost_at_most_an_epoch(slurm, plain, flags):
-    """After a killed rank and after a dead node the job goes on from its last checkpoint to the
-    same weights."""
+    """After a killed rank the job goes on from its last checkpoint. A node that is cut off trains
+    on: the next turn waits until it has ended, goes on from what it saved last, is not taken out by
+    it, and comes to the same weights."""
     job = slurm.submit("slurm/train.sh", *flags)
-    poll(lambda: checkpoints(run_of(slurm, job)), 180, "the first epoch's checkpoint")
+    poll(lambda: checkpoints(run_of(slurm, job)), 300, "the first epoch's checkpoint")
     os.kill(ranks_of(slurm, job)[1], signal.SIGKILL)
     wait_for_steps(slurm, job, turn=2)
     assert turns(slurm, job)[1][0] in range(12, 97, 12)   # after a whole epoch
-    node = slurm.job(job)["NodeList"]
-    slurm.kill_node(node)
+    ranks, node = ranks_of(slurm, job), slurm.job(job)["NodeList"]
+    send(ranks, signal.SIGSTOP)   # as it would be done too soon
+    saved = newest(run_of(slurm, job))["step"]
+    slurm.cut_off(node)
+    poll(lambda: re.search(rf"\bwait.*job_{job}\b", slurm.log(job)), 120, "the next turn to wait")
+    send(ranks, signal.SIGTERM)
+    send(ranks, signal.SIGCONT)
     slurm.finish(job, "COMPLETED", restarts=2)
     slurm.start_node(node)
+    assert saved < turns(slurm, job)[-1][0] < 96
     assert_same(outcome(run_of(slurm, job)), plain)
-
-
-def test_what_is_not_put_back_in_the_queue(slurm, flags):
-    """Not a job that fails before it got any further, and not one that a file `stop` in the run
-    folder has stopped, with a checkpoint."""
-    fails, stops = (slurm.submit("slurm/train.sh", *flags, *more, options=["--gres=gpu:1"])
-                    for more in (["--data", "nowhere"], ["--epochs", 10**5]))
-    wait_for_steps(slurm, stops, turn=1)
-    (run_of(slurm, stops) / "stop").touch()
-    slurm.finish(stops, "COMPLETED")
-    assert newest(run_of(slurm, stops))["step"] > 0
-    slurm.finish(fails, "FAILED")
-    assert "error: --data nowhere: no such folder, .zip or .tar" in slurm.log(fails)
 
 
 def test_preempted_while_starting(slurm, plain, flags):
     """Jobs that are preempted before they can save anything end within the grace time, and are put
     back in the queue; an error in the turn that follows still ends a job."""
-    judge = ["slurm/evaluate.sh", "--checkpoint", "plain", "--device", "cpu", "--data", "shapes"]
+    judge = "slurm/run.sh evaluate.py --data shapes --num-images 4 --steps 2 --device cpu"
+    fails = "slurm/run.sh sample.py --checkpoint nowhere --prompts dog"
     jobs = [slurm.submit(*command, options=["--gres=gpu:1"]) for command in (
-        ["slurm/train.sh", *flags, "--max-steps", "2"], [*judge, "--steps", "2", "--num-images", 4],
-        ["slurm/sample.sh", "--checkpoint", "nowhere", "--prompts", "a dog"])]
-    poll(lambda: all(map(partial(ranks_of, slurm), jobs)), 60, "all to start")
-    slurm.preempt_all()
+        ["slurm/train.sh", *flags, "--max-steps", "2"], [*judge.split(), "--checkpoint", "plain"],
+        fails.split())]
+    poll(lambda: all(ranks_of(slurm, job) for job in jobs), 120, "all to start")
+    slurm.run(*URGENT)
     for job, state in zip(jobs, ["COMPLETED", "COMPLETED", "FAILED"]):
         slurm.finish(job, state, restarts=1)
 
@@ -193,240 +183,172 @@ def test_preempted_while_starting(slurm, plain, flags):
 # What these jobs start as torchrun is a shell script.
 
 
-def test_one_torchrun_a_node(slurm, tmp_path):
-    """However tasks and GPUs were asked for, a node gets one torchrun with one process per GPU. It
-    needs no host name where there is no other node."""
-    path = in_path(tmp_path, torchrun='echo "started with $*"')
-    asked = {"--ntasks-per-node=2": [2], "--ntasks=2": [2], "--ntasks=2 --gpus-per-task=1": [2],
-             "--nodes=2 --gres=none --gpus=3": [1, 2],
-             "--nodes=2 --gres=none --ntasks=3 --gpus-per-task=1": [1, 2]}
-    jobs = [slurm.submit("slurm/train.sh", options=[path, *how.split()]) for how in asked]
-    for job, expected in zip(jobs, asked.values()):
-        slurm.finish(job, "COMPLETED")
-        found = re.findall(r"started with .*--nproc-per-node=(\d) --local-addr=(\S+) "
-                           r".*--rdzv-endpoint=([^:]+):", slurm.log(job))
-        address = "127.0.0.1" if len(expected) == 1 else socket.gethostname()
-        assert sorted(found) == [(str(count), address, address) for count in expected]
+def test_what_a_turn_begins_with(slurm, tmp_path):
+    """One torchrun a node with one process per GPU, however tasks and GPUs were asked for, and with
+    no host name where there is no other node. Flags arrive as they are. Slurm is asked when the job
+    will end where that is not known or past. A --folder, in which train.sh would not look for
+    checkpoints, is refused, but not a prompt with such words. A file `stop` that was made while the
+    job waited, and an error before the run got any further, end the job."""
+    path = in_path(tmp_path, squeue="echo 4000000001", torchrun='''
+        echo "$2 $3 until $SLURM_JOB_END_TIME $(printf "<%s>" "${@:10}")"
+        [[ ${10} != --wrong ]]''')
+    two, asked = "--nproc-per-node=2 --local-addr=127.0.0.1", " until 4000000001"
+    both = [f"--nproc-per-node={n} --local-addr={os.uname().nodename}{asked} <>" for n in (1, 2)]
+    prompts = ["a --folder", '"dog", it\'s 50 % more; $HOME `date` *', "größer – café, 犬", "-"]
+    given = "".join(f"<{prompt}>" for prompt in prompts)
+    cases = [   # further options, arguments, the job's end, its log
+        (" --ntasks-per-node=2", [], "COMPLETED", [f"{two}{asked} <>"]),
+        (" --ntasks=2 --gpus-per-task=1", [], "COMPLETED", [f"{two}{asked} <>"]),
+        (" --ntasks-per-gpu=1", [], "COMPLETED", [f"{two}{asked} <>"]),
+        (" --nodes=2 --gres=none --gpus=3", [], "COMPLETED", both),
+        (" --nodes=2 --gres=none --ntasks=3 --gpus-per-task=1", [], "COMPLETED", both),
+        (",END=1", prompts, "COMPLETED", [f"{two}{asked} {given}"]),
+        (",END=4000000002", [], "COMPLETED", [f"{two} until 4000000002 <>"]),
+        ("", ["--wrong"], "FAILED", [f"{two}{asked} <--wrong>"]),
+        ("", ["--fold", "mine"], "FAILED", ["error: --folder: the run lives in runs/job_{job}; to "
+                                            "go on from another: --resume RUN"]),
+        ("", [], "COMPLETED", ["stopped by runs/job_{job}/stop: remove it to go on"])]
+    jobs = [slurm.submit("slurm/train.sh", *args, options=["--hold", *(path + more).split()])
+            for more, args, *_ in cases]
+    run_of(slurm, jobs[-1]).mkdir(parents=True)
+    (run_of(slurm, jobs[-1]) / "stop").touch()
+    slurm.run("scontrol", "release", *jobs)
+    for job, (*_, state, said) in zip(jobs, cases):
+        slurm.finish(job, state)
+        lines = [line for line in slurm.log(job).splitlines() if line[:5] != "srun:"]
+        assert sorted(lines) == [line.format(job=job) for line in said]
 
 
-def test_user_signals_end_neither_script_nor_torchrun(slurm, tmp_path):
-    """USR1 to the script, as from --signal=B:USR1@60, and to the processes of the run, as without
-    B:, which train.py takes for a wish to stop."""
-    path = in_path(tmp_path, torchrun=f"echo begun; until [[ -e {tmp_path}/go ]]; do :; done")
-    job = slurm.submit("slurm/train.sh", options=[path])
-    poll(lambda: "begun" in slurm.log(job), 30, "the run")
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.run("scancel", "--signal=USR1", job)
-    time.sleep(1)
-    (tmp_path / "go").touch()
-    slurm.finish(job, "COMPLETED")
-
-
-def test_array_tasks_with_a_controller_that_fails(slurm, tmp_path):
-    """A task of an array is put back in the queue alone, also the last, which has the array's job
-    id; and one that fails to reach Slurm tries again."""
-    fails = '''mkdir "$0-$1-$SLURM_JOB_ID-$SLURM_RESTART_COUNT" 2> /dev/null && exit 1
-        exec {} "$@"'''   # the first call of a kind in each turn
-    path = in_path(tmp_path, torchrun='''echo "ends at $SLURM_JOB_END_TIME"
-        run=runs/job_$SLURM_JOB_ID
-        touch "$run/checkpoint_${SLURM_RESTART_COUNT:-0}.pt"
-        if ((SLURM_ARRAY_TASK_ID == 0 || SLURM_RESTART_COUNT)); then touch "$run/stop"; fi''', **{
-            name: fails.format(shutil.which(name, path=PATH)) for name in ("squeue", "scontrol")})
-    array = slurm.submit("slurm/train.sh", options=[path, "--array=0-1%1", "--gres=gpu:1"])
-    slurm.finish(f"{array}_1", "COMPLETED", restarts=1)
-    slurm.finish(f"{array}_0", "COMPLETED")
-    assert slurm.job(f"{array}_1")["JobId"] == array
+def test_what_comes_back(slurm, tmp_path):
+    """Tasks of an array, each alone, also the last, which has the array's job id, and though Slurm
+    does not answer at first. A job that is preempted where that cancels it without a time of grace,
+    after signals to the script alone, as from --signal=B:USR1@60. Not one that a user has
+    cancelled, though it saves too."""
+    path = in_path(tmp_path, scontrol=f'''mkdir "$0-$1-$SLURM_JOB_ID-$SLURM_RESTART_COUNT" && exit 1
+        exec {shutil.which("scontrol", path=PATH)} "$@"''', torchrun='''cd "runs/job_$SLURM_JOB_ID"
+        if ((SLURM_RESTART_COUNT)); then touch stop; exit; fi
+        trap 'touch checkpoint_1.pt; exit 1' TERM
+        until [[ $SLURM_ARRAY_TASK_ID ]]; do echo begun; sleep 0.1; done
+        touch checkpoint_1.pt''')
+    array = slurm.submit("slurm/train.sh", options=[path, "--array=0-1", "--gres=gpu:1"])
     for task in (0, 1):
-        job = slurm.job(f"{array}_{task}")
-        end = int(datetime.fromisoformat(job["StartTime"]).timestamp()) + 24 * 3600
-        assert re.findall(r"ends at (.*)", slurm.log(job["JobId"]))[-1] == str(end)
-
-
-def test_stop_before_the_start_and_other_folders(slurm, tmp_path):
-    """A file `stop` that is made while the job waits keeps it from starting; a --folder, in which
-    train.sh would not look for checkpoints, is refused."""
-    path = in_path(tmp_path, torchrun="echo begun")
-    waits = slurm.submit("slurm/train.sh", options=[path, "--hold"])
-    run_of(slurm, waits).mkdir(parents=True)
-    (run_of(slurm, waits) / "stop").touch()
-    slurm.run("scontrol", "release", waits)
-    refused = slurm.submit("slurm/train.sh", "--folder", "mine", options=[path])
-    slurm.finish(waits, "COMPLETED")
-    assert slurm.log(waits) == f"stopped by runs/job_{waits}/stop: remove it to go on\n"
-    slurm.finish(refused, "FAILED")
-    assert slurm.log(refused) == (f"error: --folder: the run lives in runs/job_{refused}; to go on "
-                                  "from another: --resume RUN\n")
+        slurm.finish(f"{array}_{task}", "COMPLETED", restarts=1)
+    jobs = [slurm.submit("slurm/train.sh", options=[path]) for _ in range(2)]
+    poll(lambda: all("begun" in slurm.log(job) for job in jobs), 60, "both to run")
+    slurm.run("scancel", jobs[0])
+    for name in ("USR1", "USR2", "TERM"):
+        slurm.run("scancel", "--batch", "--signal", name, jobs[1])
+    slurm.run("scontrol", "update", "PartitionName=gpu", "PreemptMode=CANCEL", "GraceTime=0")
+    slurm.run(*URGENT)
+    slurm.finish(jobs[1], "COMPLETED", restarts=1)
+    slurm.run("scontrol", "update", "PartitionName=gpu", "PreemptMode=REQUEUE", "GraceTime=30")
+    slurm.finish(jobs[0], "CANCELLED")
+    assert all(checkpoints(run_of(slurm, job)) for job in jobs)
 
 
 def test_without_the_environment():
     """Where common.sh has not activated the environment, one line says so."""
-    done = subprocess.run(["bash", "slurm/sample.sh"], env=dict(PATH="/usr/bin:/bin", HOME="/"),
-                          cwd=ROOT, timeout=30, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "error: no torchrun: activate your environment in slurm/common.sh\n"
-
-
-def test_sample_and_evaluate(slurm, plain):
-    """sample.sh hands prompts with quotes, commas and other scripts' letters to sample.py as they
-    are, on two GPUs; evaluate.sh judges a checkpoint."""
-    prompts = ['a "dog", it\'s 50 % bigger; $HOME `date` *', "größer – naïve café, 犬", "-"]
-    how = ["--checkpoint", "plain", "--steps", "2", "--device", "cpu"]
-    draws = slurm.submit("slurm/sample.sh", *how, "--output", "drawn", "--prompts", *prompts,
-                         options=["--gres=gpu:2"])
-    judges = slurm.submit("slurm/evaluate.sh", *how, "--data", "shapes", "--num-images", "4")
-    slurm.finish(draws, "COMPLETED")
-    pictures = sorted((slurm.cwd / "drawn").glob("0*.png"))
-    assert [Image.open(picture).text["prompt"] for picture in pictures] == prompts
-    slurm.finish(judges, "COMPLETED")
-    assert "held out" in slurm.log(judges)
+    done = subprocess.run(["bash", "slurm/run.sh"], env={"HOME": "/"}, cwd=ROOT, timeout=30,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1, "error: no torchrun: activate your environment in slurm/common.sh\n")
 
 
 def test_jupyter_lets_its_owner_in_alone(slurm, tmp_path):
-    """jupyter.sh answers on this node alone, at the printed port, with the token only, and leaves
-    neither token nor files to others; connect_jupyter.sh says what state the job is in, and takes
-    other ports of the laptop."""
+    """jupyter.sh, also after a turn that was cut off, answers on this node alone, at the printed
+    port, with the token only, and leaves neither token nor files to others; connect_jupyter.sh says
+    what state the job is in, asks through ssh, and takes other ports of the laptop. Nothing is left
+    when Jupyter ends, also by an error."""
     if not shutil.which("jupyter-server"):
         pytest.skip("no jupyter-server here: pip install jupyter-server")
+    in_path(tmp_path, ssh='[[ $1 == -N ]] && echo "$*" || bash -c "${*:2}"')   # asks here
 
-    def connect(job, *flags):
-        env = slurm.env | dict(PATH=f"{tmp_path}:{slurm.env['PATH']}")
-        env.pop("USER", None)
-        return subprocess.run(["slurm/connect_jupyter.sh", *flags, job], cwd=slurm.cwd, env=env,
-                              capture_output=True, text=True, timeout=30)
+    def connect(*args):
+        return subprocess.run(["slurm/connect_jupyter.sh", *args], cwd=slurm.cwd, timeout=30,
+                              env=slurm.env | {"PATH": f"{tmp_path}:{PATH}"},
+                              capture_output=True, text=True)
 
-    job = slurm.submit("slurm/jupyter.sh", "server", "--allow-root", f"--notebook-dir={tmp_path}")
-    command, link = poll(lambda: connect(job).stdout.splitlines(), 120, "Jupyter")
-    port, tensorboard = re.findall(r"-L (?:8888|6006):127.0.0.1:(\d+) ", command)
-    assert command.endswith(f"@{slurm.job(job)['NodeList']}")
-    token = re.search(r"token=(\w+)", link)[1]
-    assert [answer(port, "/api/status", word) for word in (token, None, "no")] == [200, 403, 403]
-    assert poll(lambda: answer(tensorboard, "/data/environment"), 60, "TensorBoard") == 200
+    job = slurm.submit("slurm/jupyter.sh", "server", "--allow-root", f"--notebook-dir={tmp_path}",
+                       options=["--hold"])
+    assert f"job {job} is still pending" in connect(job).stderr
     folder = slurm.cwd / "slurm" / f"jupyter-{job}"
+    folder.mkdir(0o700)
+    (folder / "jpserver-1.json").write_text('"port": 1,\n"token": "old"\n')
+    slurm.run("scontrol", "release", job)
+    command, link = poll(lambda: connect(job).stdout.splitlines(), 120, "Jupyter")
+    port, board = re.findall(r":127.0.0.1:(\d+) ", command)
+    token = re.search(r"token=(\w+)", link)[1]
+    assert [answer(port, "/api/status", word) for word in (token, "", "no")] == [200, 403, 403]
+    assert poll(lambda: answer(board, "/data/environment"), 60, "TensorBoard") == 200
+    # This node's other address: nobody listens to the network.
+    assert [answer(of, "/", token, "127.0.0.2") for of in (port, board)] == [None, None]
     assert not any(path.stat().st_mode & 0o077 for path in (folder, *folder.iterdir()))
     assert token not in slurm.log(job)
-    with open("/proc/net/tcp") as ipv4, open("/proc/net/tcp6") as ipv6:   # 0A: listens
-        listening = re.findall(rf"\d: (\w+):{int(port):04X} \S+ 0A ", ipv4.read() + ipv6.read())
-    assert listening == ["0100007F"]   # 127.0.0.1
-
-    # From the laptop: the same questions through ssh, then the tunnel. This ssh asks here.
-    (tmp_path / "ssh").write_text('#!/bin/bash\n[[ $1 == -N ]] && echo "$*" || bash -c "${*:2}"')
-    (tmp_path / "ssh").chmod(0o755)
-    assert re.fullmatch(
-        rf"-N -o ExitOnForwardFailure=yes -J me@login -L 1234:127.0.0.1:{port} "
-        rf"-L 5678:127.0.0.1:{tensorboard} me@node\d",
-        connect(job, "--login", "me@login", "--run", "--port", "1234", "--tensorboard-port", "5678"
-                ).stdout.splitlines()[-1])
-
+    flags = f"--login me@login --run --port 1234 --tensorboard-port 5678 {job}"
+    assert connect(*flags.split()).stdout.endswith(
+        f" -J me@login -L 1234:127.0.0.1:{port} -L 5678:127.0.0.1:{board} "
+        f"me@{slurm.job(job)['NodeList']}\n")
     slurm.run("scancel", job)
-    poll(lambda: not folder.exists(), 60, "the connection files to be removed")
-    poll(lambda: "is gone" in connect(job).stderr, 60, "the job to be gone")
-    pending = slurm.submit("slurm/jupyter.sh", options=["--begin=now+1hour"])
-    assert f"job {pending} is still pending" in connect(pending).stderr
-
-
-def test_jupyter_leaves_nothing(slurm, tmp_path):
-    """Neither the folder, where Jupyter still writes as it ends, nor TensorBoard after a Jupyter
-    that failed."""
-    path = in_path(tmp_path, tensorboard="exec sleep 300", jupyter='''
-        [[ $1 != bad ]] || exit 3
-        trap 'end=$((SECONDS + 1))' TERM
-        echo "$1 begun"
-        while ((SECONDS <= ${end:-9999})); do : > "$JUPYTER_RUNTIME_DIR/$RANDOM"; done 2> /dev/null
-        ''')
-    good, bad = (slurm.submit("slurm/jupyter.sh", how, options=[path]) for how in ("good", "bad"))
-    slurm.finish(bad, "FAILED")
-    poll(lambda: "good begun" in slurm.log(good), 30, "the other")
-    slurm.run("scancel", good)
-    poll(lambda: slurm.job(good)["JobState"] == "CANCELLED", 30, "its end")
-    time.sleep(2)
+    fails = slurm.submit("slurm/jupyter.sh", "nonsense")
+    slurm.finish(fails, "FAILED")
+    poll(lambda: "is gone" in connect(job).stderr, 60, "its end")
     assert not list(slurm.cwd.glob("slurm/jupyter-*/"))
-    assert not [pid for pid in slurm.processes() if environment(pid).get("SLURM_JOB_ID") == bad]
+    assert not [pid for pid in slurm.processes() if environment(pid).get("SLURM_JOB_ID") == fails]
 
 
-def answer(port, page, token=None):
+def answer(port, page, token="", address="127.0.0.1"):
     """The HTTP status, or None where nobody listens."""
     with suppress(OSError):
-        server = HTTPConnection("127.0.0.1", port, timeout=10)
-        server.request("GET", page, headers={"Authorization": f"token {token}"} if token else {})
+        server = HTTPConnection(address, port, timeout=60)
+        server.request("GET", page, headers={"Authorization": f"token {token}"})
         return server.getresponse().status
 
 
-CHECKS = ["versions", "GPU", "one device per rank", "all-reduce", "data", "steps", "memory",
-          "checkpoint", "disk", "time"]
+CHECKS = ["versions", "GPU", "one device per rank", "all-reduce", "latent cache", "data", "steps",
+          "memory", "checkpoint", "disk", "time"]
 
 
 def checks(output):
-    """{name: what it says} of preflight's checks, and the names of those that failed."""
-    lines = re.findall(r"^(?:pass|FAIL)  ([\w -]+): (.*)", output, re.MULTILINE)
-    return dict(lines), re.findall(r"^FAIL  ([\w -]+): ", output, re.MULTILINE)
+    """{name: what it says} of preflight's checks."""
+    return dict(re.findall(r"^(?:pass|FAIL)  ([\w -]+): (.*)", output, re.MULTILINE))
 
 
-def test_preflight_on_slurm(slurm, flags):
-    """preflight.sh passes with the time limit of train.sh; where the disk is too small the job
-    fails."""
-    bad = slurm.submit("slurm/preflight.sh", *flags, "--epochs", 10**9, "--keep-every", 1,
-                       options=["--gres=gpu:1"])
-    good = slurm.submit("slurm/preflight.sh", *flags)
+def test_preflight(slurm, plain, flags, vae):
+    """preflight.sh passes with the time limit of train.sh, and tells the size of the cache, which
+    it does not make. Where a run goes on it counts the steps that are left, and names what failed:
+    weights that are not finite and a full disk; the run's folder stays as it is."""
+    before = {path: path.read_bytes() for path in (slurm.cwd / "plain").glob("*.*")}
+    good = slurm.submit("slurm/preflight.sh", *flags, "--vae", vae, "--pixel-unshuffle", "1",
+                        "--flip", "--cache-latents", "latents")
+    bad = slurm.submit("slurm/preflight.sh", "--resume", "plain", "--lr", "inf", "--epochs", 10**9,
+                       "--keep-last", 10**9)
     slurm.finish(good, "COMPLETED")
-    said, failed = checks(slurm.log(good))
-    assert (list(said), failed) == (CHECKS, [])
+    said = checks(slurm.log(good))
+    assert list(said) == CHECKS
+    size = float(said["latent cache"].split()[0])
+    assert size * 2**30 == pytest.approx(24 * 2 * 2 * 4 * 8 * 8 * 2, rel=0.01)
     assert said["time"].endswith("1 x the time limit of 23.9 h")
     slurm.finish(bad, "FAILED")
-    assert checks(slurm.log(bad))[1] == ["disk"]
+    said = checks(slurm.log(bad))
+    assert said["time"].startswith(f"{(10**9 - 8) * 12} steps take ")
+    failed = [name for name in said if f"FAIL  {name}" in slurm.log(bad)]
+    assert failed == ["steps", "checkpoint", "disk"]
+    assert {path: path.read_bytes() for path in (slurm.cwd / "plain").glob("*.*")} == before
+    assert not [*slurm.cwd.glob("latents/*"), *slurm.cwd.glob("runs/.pre*")]
 
 
-@pytest.mark.parametrize("form", ["08:00:00", "2-00:00:00", "120", "1-12", "00:30:00", "90:00",
-                                  "1-12:30"])
-def test_preflight_reads_time_as_slurm_does(slurm, tmp_path, form):
-    """preflight.sh counts with the --time of train.sh in all of Slurm's forms."""
-    job = slurm.submit(options=["--hold", f"--time={form}", "--wrap=true"])
-    days, hours, minutes = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):00",
-                                        slurm.job(job)["TimeLimit"]).groups()
-    limit = 1440 * int(days or 0) + 60 * int(hours) + int(minutes)
+def test_preflight_reads_time_as_slurm_does(tmp_path):
+    """preflight.sh counts with the --time of train.sh, less five minutes or a tenth, in all of
+    Slurm's forms."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    in_path(tmp_path, srun='echo "${*: -3}"', squeue="echo 1", torchrun="")
     script = tmp_path / "slurm" / "train.sh"
-    script.write_text(re.sub(r"(?<=--time=)\S+", form, script.read_text()))
-    in_path(tmp_path, srun='echo "$*"', squeue="echo 1")
     env = os.environ | dict(SLURM_JOB_ID="1", SLURM_JOB_NUM_NODES="1", PATH=f"{tmp_path}:{PATH}")
-    done = subprocess.run(["bash", "slurm/preflight.sh"], cwd=tmp_path, env=env, timeout=30,
-                          capture_output=True, text=True)
-    given = float(re.search(r"--time-limit (\S+)", done.stdout)[1])
-    assert given == max(limit - 5, 0.9 * limit), done.stderr
+    for form, minutes in {"08:00:00": 475, "2-00:00:00": 2875, "120": 115, "1-12": 2155,
+                          "00:30:00": 27, "90:00": 85, "1-12:30": 2185}.items():
+        script.write_text(re.sub(r"(?<=--time=)\S+", form, script.read_text()))
+        done = subprocess.run(["bash", "slurm/preflight.sh"], cwd=tmp_path, env=env, timeout=30,
+                              capture_output=True, text=True)
+        assert done.stdout == f"slurm/preflight.py --time-limit {minutes}\n", form
 
 
-def test_preflight_says_what_a_cached_run_will_take(vae, flags, tmp_path):
-    """Preflight of one process tells the size of the cache, and leaves neither it nor a run, but
-    the empty folders where they will lie, as it has tried to write there."""
-    done = run_ok("slurm/preflight.py", *flags, "--vae", vae, "--pixel-unshuffle", 1,
-                  "--flip", "--cache-latents", tmp_path / "latents", cwd=tmp_path)
-    said, failed = checks(done.stdout)
-    assert (list(said), failed) == (CHECKS[:4] + ["latent cache"] + CHECKS[4:], [])
-    size = float(re.match(r"(\S+) GiB", said["latent cache"])[1])
-    assert size * 2**30 == pytest.approx(24 * 2 * 2 * 4 * 8 * 8 * 2, rel=0.01)
-    assert sorted(tmp_path.rglob("*")) == [tmp_path / "latents", tmp_path / "runs"]
-
-
-def test_preflight_of_two_processes(flags, tmp_path):
-    """Preflight under torchrun begins where a run stopped, whose folder stays as it is, counts the
-    steps that are left, and names what failed: here weights that are not finite."""
-    run_ok("train.py", *flags, "--folder", tmp_path / "run", "--max-steps", 13)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    done = launch("slurm/preflight.py", "--resume", tmp_path / "run", "--lr", "inf", processes=2,
-                  cwd=tmp_path)
-    said, failed = checks(done.stdout)
-    assert (list(said), failed) == (CHECKS, ["steps", "checkpoint"]), done.stderr[-3000:]
-    assert errors(done.stderr)[:1] == ["error: preflight: steps, checkpoint failed"]
-    assert said["one device per rank"] == "2 ranks" and "GB/s" in said["all-reduce"]
-    assert said["time"].startswith(f"{8 * 12 - 13} steps take ")
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-
-
-def test_scripts_are_clean_and_short():
-    """shellcheck has nothing to say about the scripts, and each fits on a screen."""
-    if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck here: apt-get install shellcheck")
-    scripts = sorted((ROOT / "slurm").glob("*.sh"))
-    done = subprocess.run(["shellcheck", "--external-sources", *scripts], cwd=ROOT, timeout=120,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert all(len(script.read_text().splitlines()) <= 55 for script in scripts)
