@@ -1,47 +1,56 @@
 """Speed and memory of the real code, as ratios measured A B A B within one run; prints a table.
 
-    python tests/benchmark.py [--json benchmark.json] [--only loop switches ...] [--repeats 4]
+    python tests/benchmark.py [loop switches ...]   # all sections, or some: half an hour on a CPU
+    python tests/benchmark.py gpu [--small]         # a quarter hour of what only a GPU can tell
 
-Not a test: a shared or throttled machine changes times, and a ratio below its aim is printed, not
-asserted. On a GPU the networks are those of a real run; on a CPU they are smaller, and the sections
-take about half an hour together. tests/gpu.py adds what only a GPU can show.
+Not a test: a shared or throttled machine changes times, and a figure below its aim is printed, not
+asserted. Each part has a process and a time limit of its own, so that one that fails or hangs costs
+no other, and each row is on disk as soon as it is measured. Networks are made here, of the real
+shapes (smaller on a CPU) with random weights; nothing is downloaded. --small rehearses on a CPU,
+with tiny networks, in a few minutes.
 """
 import argparse
-import json
 import multiprocessing
 import os
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
-import sample
 import train
-from conftest import make_pictures, scalars
-from data import CaptionedImages, OnDemand, make_loader, setup_processes
-from models import PRESETS, Model, apply_unet
+from conftest import ROOT, make_pictures
+from models import PRESETS, Model, apply_unet, load_model
+from sample import generate
 from tiny_networks import make_clip, make_vae
 
-SMALL = "REHEARSAL" in os.environ   # tests/gpu.py --small: everything with tiny networks
-CUDA = torch.cuda.is_available() and not SMALL
-if SMALL:   # in the processes that are started, too
-    for preset in ("standard", "large"):
-        channels = PRESETS[preset].unet["block_out_channels"]
-        PRESETS[preset].unet.update(block_out_channels=[32] * len(channels))
+CUDA, SMALL = torch.cuda.is_available(), "REHEARSAL" in os.environ
+DEVICE, BF16 = ("cuda", torch.bfloat16) if CUDA else ("cpu", None)   # slow on many CPUs
+COMPILER = "eager" if SMALL else "inductor"
 SPAWN = multiprocessing.get_context("spawn")
 torch.backends.cudnn.deterministic = False   # the tests want it, a real run does not
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True   # as it has it
+for preset in ("standard", "large") if SMALL else ():
+    unet = PRESETS[preset].unet
+    unet |= dict(block_out_channels=[32] * len(unet["block_out_channels"]), layers_per_block=1)
 
 
 def now():
@@ -51,324 +60,385 @@ def now():
     return time.perf_counter()
 
 
-def seconds(function):
+def gib():
+    """The most memory of tensors on the GPU since the last call; on a CPU, all that this process
+    and its loader workers hold, each page once."""
+    if CUDA:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+    text = "".join(path.read_text() for pid in pids
+                   for path in Path("/proc").glob(f"{pid}/smaps_rollup"))
+    return sum(map(int, re.findall(r"\nPss: +(\d+)", text))) / 2**20
+
+
+def measured(function):
+    """(seconds, GiB) of a call."""
+    gib()
     start = now()
     function()
-    return now() - start
+    return now() - start, gib()
 
 
-def alternate(repeats, *pairs):
-    """The median of measure(what) for each pair, called in turn, after one call each as warm-up."""
-    rounds = [[measure(what) for measure, what in pairs] for _ in range(1 + repeats)]
-    return np.median(rounds[1:], axis=0).tolist()
+def alternate(*pieces, repeats=1 if SMALL else 3):
+    """The median (seconds, GiB) of each piece, called in turn, after one call each as warm-up."""
+    rounds = [[piece() for piece in pieces] for _ in range(1 + repeats)]
+    return np.median(rounds[1:], axis=0)
 
 
-# A real run, piece by piece
-
-
-def bare_update(unet, config, optimizer, count, dtype):
-    """update(): forward, backward and optimizer step on one fixed batch of `count`."""
-    net, device = unet.config, unet.device
-    x = torch.randn(count, net.in_channels, net.sample_size, net.sample_size, device=device)
-    t = torch.randint(0, 1000, (count,), device=device)
-    text_emb = torch.randn(count, config.token_length, net.cross_attention_dim, device=device)
-
-    def update():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            output = apply_unet(unet, config, x, t, text_emb)
-        (output.float() - x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return update
-
-
-class State(train.TrainingState):
-    """Brings the bare loop."""
-
-    def __init__(self, unet, args, device, dtype):
-        super().__init__(unet, args, device, dtype)
-        config = train.make_config(args)
-        Orders.update = staticmethod(
-            bare_update(unet, config, self.optimizer, args.batch_size, dtype))
-
-
-class Orders(train.StopRequest):
-    """Makes train.main wait for orders after every `steps` updates."""
-
-    since = now()
-
-    def poll(self, step):
-        """Answer how many seconds this piece took, then do other things until told "loop", to make
-        the next piece, or "end", to end the run as it does by itself."""
-        super().poll(step)
-        if step % self.steps == 0:
-            self.pipe.send(now() - self.since)
-            while (order := self.pipe.recv()) not in ("loop", "end"):
-                self.pipe.send(getattr(self, order)())
-            self.agreed = order == "end"
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
-            self.since = now()
-
-    def bare(self):
-        """Seconds of a piece of the bare loop."""
-        return seconds(lambda: [self.update() for _ in range(self.steps)])
-
-    def peak(self):
-        """GiB in the last piece."""
-        return torch.cuda.max_memory_allocated() / 2**30
+# What is measured: train.main in pieces, the UNet's bare updates, scripts
 
 
 def obey(pipe, steps, flags):
-    """What a run's process does: train.main, in pieces, until nobody gives orders any more."""
-    Orders.pipe, Orders.steps = pipe, steps
-    train.TrainingState, train.StopRequest = State, Orders
+    """What a run's process does: train.main, which after every `steps` updates says what they took
+    and waits."""
+    loss, calls, since = train.diffusion_loss, 0, now()
+
+    def diffusion_loss(*args):   # begins an update
+        nonlocal calls, since
+        if calls % steps == 0:
+            pipe.send((now() - since, gib()))
+            pipe.recv()
+            since = now()
+        calls += 1
+        return loss(*args)
+
+    train.diffusion_loss = diffusion_loss
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        with suppress(EOFError, BrokenPipeError):
-            train.main(flags)
-            pipe.send(None)
+        train.main(flags)
 
 
 @contextmanager
 def real_run(folder, steps, *flags, ranks=1, **env):
-    """run(order) gives a run of train.main, which has processes of its own and has warmed up, an
-    order, and returns rank 0's answer."""
+    """run() lets train.main, in processes of its own, go on by `steps` updates, and returns rank
+    0's (seconds, GiB); run.start: those of the start."""
     flags = [*"--epochs 100000 --save-every 100000 --sample-every 0 --val-fraction 0".split(),
-             "--save-minutes", "inf", "--log-every", str(steps), "--folder", str(folder),
-             *map(str, flags)]
+             "--log-every", str(steps), "--folder", str(folder), *map(str, flags)]
     env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(get_free_port()),
                 WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    with ExitStack() as pipes_to_close:
-        pipes = []
-        for rank in map(str, range(ranks)):
-            ours, theirs = SPAWN.Pipe()
-            pipes.append(pipes_to_close.enter_context(ours))
-            with theirs, mock.patch.dict(os.environ, env, RANK=rank, LOCAL_RANK=rank):
-                SPAWN.Process(target=obey, args=(theirs, steps, flags)).start()
+    pipes, processes = zip(*(SPAWN.Pipe() for _ in range(ranks))), []
+    ours, theirs = pipes
+    for rank, pipe in enumerate(theirs):
+        with pipe, mock.patch.dict(os.environ, env, RANK=str(rank), LOCAL_RANK=str(rank)):
+            processes.append(SPAWN.Process(target=obey, args=(pipe, steps, flags)))
+            processes[-1].start()
 
-        def run(order=None):
-            for pipe in pipes if order else ():
-                pipe.send(order)
-            if not all(pipe.poll(1800) for pipe in pipes):
-                raise TimeoutError(f"{folder}: no answer for half an hour")
-            return [pipe.recv() for pipe in pipes][0]
+    def run():
+        for pipe in ours:
+            pipe.send(None)
+        return [pipe.recv() for pipe in ours][0]
 
-        run()   # the answer to the first piece, which took longer
+    try:
+        run.start = [pipe.recv() for pipe in ours][0]
         yield run
+    finally:
+        for process in processes:
+            process.kill()
 
 
-def networks(folder, resolution, count=64, width=512):
-    """Flags for captioned pictures and for networks with random weights, of the real shapes: CLIP
-    ViT-B/32's text encoder (ViT-L/14's: width 768), Stable Diffusion's VAE. On a CPU the text
-    encoder is smaller, and no core is left for loader workers."""
+def script(name, *flags):
+    """Run a script of the project to its end; returns what it printed."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], check=True,
+                          stdout=subprocess.PIPE, text=True).stdout
+
+
+def float32_norms(unet):
+    """Hooks that give the UNet's norms float32 inputs, as CUDA's autocast would: only here."""
+    return [module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            for module in unet.modules()
+            if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm))]
+
+
+class Bare:
+    """A UNet by itself: forward, backward and optimizer step on one fixed batch."""
+
+    def __init__(self, config):
+        self.config, self.unet, self.hooks = config, Model(config, DEVICE).unet, []
+        self.compiled = torch.compile(self.unet, backend=COMPILER)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), 1e-4, fused=True)
+
+    def measure(self, images, how="eager", budget=0.05 if SMALL else 0.5):
+        """(seconds, GiB) of an update, from as many as fit into the budget, in seconds, after two
+        that do not count."""
+        self.unet.to(memory_format=torch.channels_last if "channels_last" in how
+                     else torch.contiguous_format)
+        self.optimizer.state.clear()   # AdamW wants its moments in the layout of the weights
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = float32_norms(self.unet) if "float32 norms" in how else []
+        net, sizes = self.compiled if "compiled" in how else self.unet, self.unet.config
+        x = torch.randn(images, sizes.in_channels, *[sizes.sample_size] * 2, device=DEVICE)
+        t = torch.randint(0, 1000, (images,), device=DEVICE)
+        text_emb = torch.randn(images, self.config.token_length, sizes.cross_attention_dim,
+                               device=DEVICE)
+
+        def update():
+            with torch.autocast(DEVICE, BF16, enabled=CUDA):
+                output = apply_unet(net, self.config, x, t, text_emb)
+            (output.float() - x).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        update()
+        count = max(1, int(budget / measured(update)[0]))
+        seconds, memory = measured(lambda: [update() for _ in range(count)])
+        return seconds / count, memory
+
+
+def networks(folder, resolution=256 if CUDA else 64, count=64, width=512):
+    """Fields of ModelConfig for networks with random weights, of the real shapes: CLIP ViT-B/32's
+    text encoder (ViT-L/14's: width 768), Stable Diffusion's VAE; and the flags for them and for
+    captioned pictures. On a CPU the text encoder is smaller, and no core is left for workers."""
     data = make_pictures(folder / "data", count, 1, (resolution, resolution), vary=False)
     clip = make_clip(folder / "clip", width=width, layers=12 if CUDA else 2, heads=width // 64,
                      mlp_ratio=4)
     channels, layers, groups = (8, 1, 8) if SMALL else (128, 2, 32)
     vae = make_vae(folder / "vae", 0.18215, blocks=[channels * k for k in (1, 2, 4, 4)],
                    layers=layers, groups=groups)
-    return ["--data", str(data), "--text-encoder", clip, "--vae", vae, "--resolution",
-            str(resolution), *([] if CUDA else ["--workers", "0"])]
-
-
-def compare(folder, args, name, images, steps, flags, off, on, aim=""):
-    """Rows of two runs, which differ in some flags: pieces of `steps` updates of `images` each."""
-    flags = [*flags, "--batch-size", images]
-    with (real_run(folder / "off", steps, *flags, *off) as before,
-          real_run(folder / "on", steps, *flags, *on) as after):
-        times = alternate(args.repeats, (before, "loop"), (after, "loop"))
-        for state, run, time_ in zip(("off", "on"), (before, after), times):
-            yield f"{name} {state}: images/s", images * steps / time_, ""
-            if CUDA:
-                yield f"{name} {state}: peak GiB", run("peak"), ""
-    yield f"{name}: on / off", times[0] / times[1], aim
+    flags = ["--data", data, "--text-encoder", clip, "--vae", vae, "--resolution", resolution]
+    return (dict(text_encoder=clip, vae=vae, resolution=resolution),
+            [*flags, *([] if CUDA else ["--workers", 0])])
 
 
 # Sections: each yields rows of (name, value, aim)
 
 
-def loop(folder, args):
+def loop(folder):
     """The default run, and the standard preset as it is meant to be used: from cached latents."""
-    cached = [*networks(folder, 256 if CUDA else 64, 1280 if CUDA else 64), "--cache-latents",
-              folder]
-    runs = [("default run", [], 32, 20), ("standard preset", cached, 8, 2)]
+    fields, flags = networks(folder, count=1280 if CUDA else 64)
+    runs = [("tiny", 32, 20, []), ("standard", 8, 2, [])]
     if CUDA:
-        runs = [("standard preset, compiled", [*cached, "--compile"], 64, 20),
-                ("standard preset", cached, 256, 5), ("default run", [], 32, 100),
-                ("large preset", [*cached, "--preset", "large"], 32, 8)]
-    for name, flags, images, steps in runs:
-        with real_run(folder / name, steps, *flags, "--batch-size", images) as run:
-            ours, bare = alternate(args.repeats, (run, "loop"), (run, "bare"))
-            for order in ("loop", "loop", "loop", "loop", "end"):   # without pauses: for the share
-                run(order)
-        waits = list(scalars(folder / name, "speed/data_wait_share").values())[-3:]
-        yield f"{name}: train.py's loop, images/s", images * steps / ours, ""
-        yield f"{name}: bare loop, images/s", images * steps / bare, ""
-        yield f"{name}: loop / bare", bare / ours, ">= 0.97"
-        yield f"{name}: share waiting for data", np.median(waits).item(), "< 0.03"
+        runs = [("standard", 64, 20, ["--compile"]), ("standard", 256, 5, []),
+                ("tiny", 32, 100, []), ("large", 32, 8, [])]
+    for preset, images, steps, more in runs:
+        name, is_tiny = " ".join([preset, str(images), *more]), preset == "tiny"
+        bare = Bare(replace(PRESETS[preset], **({} if is_tiny else fields)))
+        more += ["--preset", preset, "--batch-size", images]
+        more += [] if is_tiny else [*flags, "--cache-latents", folder]
+        with real_run(folder / name, steps, *more) as run:
+            (ours, _), (theirs, _) = alternate(run, partial(
+                bare.measure, images, "compiled" if "--compile" in more else "eager"))
+        yield f"{name}: images/s", images * steps / ours, ""
+        yield f"{name}: images/s / the bare loop's", theirs * steps / ours, ">= 0.97"
 
 
-def switches(folder, args):
-    """Each switch off and on, the rest as it is by default."""
-    flags = [*networks(folder, 256 if CUDA else 64), "--cache-latents", folder]
-    off, bf16 = ["--amp", "off"], ["--amp", "bf16"]
-    usual = bf16 if CUDA else off
-    pairs = {"bf16": (off, bf16), "compile": (usual, [*usual, "--compile"]),
-             "bf16 and compile": (off, [*bf16, "--compile"]),
-             "gradient checkpointing": (usual, [*usual, "--gradient-checkpointing"])}
-    for preset, batch in (("standard", 64), ("large", 32)) if CUDA else (("standard", 8),):
+def switches(folder):
+    """The standard and large presets with each switch off and on, the rest as it is by default. Of
+    --amp only the UNet knows: the VAE stays in float32. The cache of latents is made once."""
+    flags, side = networks(folder, 256)[1], 256 if CUDA else 64
+    off, bf16, cached = ["--amp", "off"], ["--amp", "bf16"], ["--cache-latents", folder]
+    usual = [*cached, "--resolution", side, *(bf16 if CUDA else off)]
+    pairs = {"bf16": ([*usual, *off], [*usual, *bf16]), "compile": (usual, [*usual, "--compile"]),
+             "gradient checkpointing": (usual, [*usual, "--gradient-checkpointing"]),
+             "cached latents": (off, [*off, *cached]),
+             "cached latents, bf16": (bf16, [*bf16, *cached])}
+    for preset, images, steps in (("standard", 64, 8), ("large", 32, 8)) if CUDA else (
+            ("standard", 8, 2),):
+        flags += ["--preset", preset, "--batch-size", images]   # of two the last counts
         for name, pair in pairs.items():
-            yield from compare(folder, args, f"{preset}, {name}", batch, 10,
-                               [*flags, "--preset", preset], *pair)
+            with (real_run(folder / "off", steps, *flags, *pair[0]) as before,
+                  real_run(folder / "on", steps, *flags, *pair[1]) as after):
+                (off, on), memory = (alternate(before, after) / [images * steps, 1]).T
+            name = f"{preset}, {name}"
+            yield f"{name}: images/s off, on", f"{1 / off:.4g}, {1 / on:.4g}", ""
+            yield f"{name}: GiB off, on", "{:.3g}, {:.3g}".format(*memory), ""
+            yield f"{name}: on / off", off / on, ">= 4" if "cached" in name else ""
 
 
-def cache(folder, args):
-    """The standard preset with a VAE of Stable Diffusion's size; the cache is made once."""
-    flags, batch, steps = networks(folder, 256, 256 if CUDA else 64), *((32, 8) if CUDA else (8, 1))
-    for amp in ("off", "bf16"):   # of the UNet; the VAE stays in float32
-        yield from compare(folder, args, f"--amp {amp}, cached latents", batch, steps,
-                           [*flags, "--amp", amp], [], ["--cache-latents", folder], ">= 4")
-
-
-def processes(folder, args, steps=20):
+def processes(folder, steps=20):
     """The default run in one process of one thread and in two. A step of half the batch is what the
     machine allows if gradients are exchanged in no time."""
-    thread = dict(OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    bare, thread = Bare(PRESETS["tiny"]), dict(OMP_NUM_THREADS="1")
     with (real_run(folder / "one", steps, **thread) as one,
-          real_run(folder / "half", steps, "--batch-size", 16, **thread) as half,
           real_run(folder / "two", steps, ranks=2, **thread) as two):
-        alone, shared, whole_bare, half_bare = alternate(
-            args.repeats, (one, "loop"), (two, "loop"), (one, "bare"), (half, "bare"))
-    yield "1 process, images/s", 32 * steps / alone, ""
-    yield "2 processes, images/s", 32 * steps / shared, ""
+        alone, shared, whole, half = alternate(one, two, *(
+            partial(bare.measure, images) for images in (32, 16)))[:, 0]
+    yield "images/s of 1, 2", "{:.4g}, {:.4g}".format(32 * steps / alone, 32 * steps / shared), ""
     yield "2 / 1", alone / shared, ">= 1.6"
-    yield "bare step of the whole batch / of half of it", whole_bare / half_bare, ""
+    yield "bare step of the whole batch / of half of it", whole / half, ""
 
 
-def sampling(folder, args):
-    """The same pictures from the same weights and steps, by sample.generate and by diffusers."""
-    from diffusers import StableDiffusionPipeline
-    device, steps, scale = setup_processes(), 20 if CUDA else 5, dict(guidance_scale=3.0)
-    flags = networks(folder, 256 if CUDA else 64)
-    cases = [("standard", batch, None) for batch in (1, 2, 4, 8, 16)]
-    if CUDA:
-        cases = [(preset, batch, dtype) for preset, dtype in (
-            ("standard", None), ("large", torch.bfloat16), ("standard", torch.bfloat16))
-            for batch in (1, 64, 16)]
-    loaded = None
-    for preset, batch, dtype in cases:
-        if loaded != (preset, dtype):
-            loaded = preset, dtype
-            model = Model(train.parse_args([*flags, "--preset", preset])[1], device)
-            sample.export_pipeline(model, folder / preset)
-            pipeline = StableDiffusionPipeline.from_pretrained(folder / preset).to(device)
-            pipeline.set_progress_bar_config(disable=True)
-            # Its UNet in the same precision, and the VAE in float32, as here.
-            unet, side = pipeline.unet, model.config.resolution
-            unet.forward = torch.autocast(device.type, dtype, enabled=bool(dtype))(unet.forward)
-            unet.register_forward_hook(lambda unet, inputs, output: (output[0].float(),))
+def sampling(folder):
+    """The same pictures from the same weights and steps, by sample.generate, eager and compiled,
+    and by diffusers, whose VAE is in float32 and whose UNet in autocast, as here."""
+    flags, run = networks(folder)[1], folder / "run"
+    script("train.py", *flags, "--preset", "standard", "--batch-size", 8, "--max-steps", 1,
+           "--folder", run)
+    script("sample.py", "--checkpoint", run, "--export", folder / "pipeline")
+    ours = {how: load_model(run, DEVICE) for how in ("eager", "compiled")}
+    ours["compiled"].unet.compile(backend=COMPILER)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(DEVICE)
+    pipeline.set_progress_bar_config(disable=True)
+    unet, side = pipeline.unet, ours["eager"].config.resolution
+    unet.forward = torch.autocast(DEVICE, BF16, enabled=CUDA)(unet.forward)
+    unet.register_forward_hook(lambda unet, inputs, output: (output[0].float(),))
+    steps, batches = (20, (64, 16, 1)) if CUDA else (5, (2,) if SMALL else (1, 2, 4, 8, 16))
+    for batch in batches:
+        torch._dynamo.reset()   # else another batch size compiles for any
         prompts = [f"picture number {i} of a set" for i in range(batch)]
-        name = f"{preset}, {dtype or 'float32'}, batch {batch}"
-        ours, theirs = alternate(
-            args.repeats,
-            (seconds, lambda: sample.generate(model, prompts, steps=steps, dtype=dtype, **scale)),
-            (seconds, lambda: pipeline(prompts, side, side, num_inference_steps=steps, **scale)))
-        yield f"{name}: images/s", batch / ours, ""
-        yield f"{name}: ours / diffusers' pipeline", theirs / ours, ">= 1"
-    if CUDA:
-        model.unet.compile()
-        fast, = alternate(args.repeats, (seconds, lambda: sample.generate(
-            model, prompts, steps=steps, dtype=dtype, **scale)))
-        yield f"{name}: compiled / eager", ours / fast, ""
+        ways = {"diffusers": partial(pipeline, prompts, side, side, num_inference_steps=steps)} | {
+            how: partial(generate, model, prompts, steps=steps, dtype=BF16)
+            for how, model in [*ours.items()][:2 if CUDA or SMALL else 1]}
+        times = alternate(*(partial(measured, partial(way, guidance_scale=3.0))
+                            for way in ways.values()))[:, 0]
+        for how, time_ in zip(ways, times):
+            yield f"batch {batch}, {how}: images/s", batch / time_, ""
+            yield f"batch {batch}, {how} / diffusers", times[0] / time_, ">= 1"
 
 
-def evaluation(folder, args, count=128):
-    """evaluate.py's loop with prompt accuracy alone. The network is untrained; what is judged are
-    right drawings, which take longer to read than noise."""
-    device, config = setup_processes(), train.parse_args([])[1]
-    model, marks = Model(config, device), []   # each call's start, negative, and its end
-    model.unet.register_forward_pre_hook(lambda *_: marks.append(-now()))
-    model.unet.register_forward_hook(lambda *_: marks.append(now()))
-    prompts, scenes, drawings = evaluate.builtin_data(SimpleNamespace(
-        num_images=count, resolution=config.resolution, channels=config.image_channels))
-    right = torch.cat([images for _, images in drawings.batches(64)])
-    drawn = sample.draw_share(model, prompts, range(count), batch_size=64)
-    task = evaluate.Task(["accuracy"], count, prompts, scenes, drawings)
-    total = seconds(lambda: evaluate.judge(
-        task, ((numbers, right[numbers]) for numbers, _ in drawn), "evaluation", device))
+def evaluation(folder, count=8 if SMALL else 128):
+    """evaluate.py with prompt accuracy alone, from the first call of the (untrained) UNet on."""
+    calls = []   # each one's start, negative, and its end
+
+    def mark(sign, module, *_):
+        if isinstance(module, UNet2DConditionModel):
+            calls.append(sign * now())
+
+    script("train.py", "--max-steps", 1, "--folder", folder / "run")
+    register_module_forward_pre_hook(partial(mark, -1))
+    register_module_forward_hook(partial(mark, 1))
+    sys.argv[1:] = ["--checkpoint", str(folder / "run"), "--num-images", str(count)]
+    evaluate.main()
+    total = now() + calls[0]
     yield "images/s", count / total, ""
-    yield "share of the time that is not the UNet's", 1 - sum(marks) / total, "< 0.10"
+    yield "share of the time that is not the UNet's", 1 - sum(calls) / total, "< 0.10"
 
 
-def private_bytes():
-    """Memory that this process shares with no other."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+def index(folder, most=20_000 if SMALL else 1_000_000, few=5000):
+    """What many captions, five a picture of a .zip, add to a run's start and memory."""
+    picture, figures = make_pictures(folder, 1, 1, (16, 16), vary=False) / "Images/000.jpg", []
+    for captions in (few, most):
+        rows = (f"{k // 5:09d}.jpg,caption {k % 999} of {k // 999}: a dog runs over the wet grass"
+                for k in range(captions))
+        with zipfile.ZipFile(data := folder / f"{captions}.zip", "w") as archive:
+            archive.writestr("captions.csv", "\n".join(["image,caption", *rows]))
+            for i in range(captions // 5):
+                archive.write(picture, f"{i:09d}.jpg")
+        with real_run(folder / f"{captions}", 100, "--data", data, "--preset", "tiny",
+                      "--text-encoder", "builtin", "--resolution", 16, "--workers", 1) as run:
+            figures.append([*run.start, run()[1]])
+    seconds, size, grown = np.subtract(*figures[::-1])
+    yield "seconds more until the first update", seconds, "< 60"
+    yield "bytes a caption in the process", size * 2**30 / (most - few), ""
+    yield "MB more after 3,200 pictures", (grown - size) * 2**30 / 1e6, "< 20"
 
 
-def worker_growth(use, count):
-    """MB that a loader's worker has for itself alone after use(0), use(1), ..."""
-    def get(i):
-        memory = private_bytes() if i in (0, count - 1) else 0
-        use(i)
-        return memory
+# The GPU's quarter hour
 
-    (before,), (*_, after) = make_loader(OnDemand(get), [[0], range(1, count)], workers=1)
-    return 1e-6 * (after - before).item()
+WAYS = ("eager, float32 norms", "eager", "compiled", "eager, channels_last",
+        "compiled, channels_last")
 
 
-def index_figures(path, captions):
-    """Rows, from a process that has done nothing else."""
-    before, start = private_bytes(), now()
-    source = CaptionedImages(path)
-    return [("time, s", now() - start, "< 60"),
-            ("bytes a caption in the process", (private_bytes() - before) / captions, ""),
-            ("MB more in a worker that has read all captions",
-             worker_growth(source.captions, len(source)), "< 20"),
-            ("MB more in a worker that has opened the .zip",
-             worker_growth(source.content, 100), "")]
+def updates(preset, images, ways, folder):
+    """Bare updates from latents of 256 px, each way beside the first. Without a number of images:
+    the most that fit into the GPU's memory, told from what 32 take, and an eighth less.
+    Goals on an H100: standard at 256 2,500 images/s eager and 3,500 compiled, large at 64 420 and
+    590, which is 40% of the matrix product's."""
+    fields, _ = networks(folder, count=2, width=768 if preset == "large" else 512)
+    bare, side = Bare(replace(PRESETS[preset], **fields)), 8192 if CUDA else 512
+    with FlopCounterMode(display=False) as counter:
+        bare.measure(2, budget=0)   # three updates
+    tflop = counter.get_total_flops() / 6e12
+    a, b = torch.randn(2, side, side, device=DEVICE).to(torch.bfloat16)
+    peak = 2 * side**3 / alternate(partial(measured, lambda: a @ b), repeats=20)[0, 0] / 1e12
+    yield "GFLOP of an image, TFLOP/s of a matmul", f"{1e3 * tflop:.4g}, {peak:.4g}", ""
+    counts = [images] if CUDA else [2]
+    if CUDA and not images:
+        fixed = 12 * sum(p.numel() for p in bare.unet.parameters()) / 2**30   # and two moments
+        each = (bare.measure(32, *ways)[1] - fixed) / 32
+        most = (0.95 * torch.cuda.mem_get_info()[1] / 2**30 - fixed) / each
+        counts = [int(share * most) // 8 * 8 for share in (1, 7 / 8)]
+    for images, how in product(counts, ways):
+        torch._dynamo.reset()   # else another batch size compiles for any
+        try:
+            (first, _), (seconds, memory) = alternate(*(
+                partial(bare.measure, images, way) for way in (ways[0], how)))
+        except torch.OutOfMemoryError as error:
+            yield f"{images} images, {how}", str(error)[:60], ""
+            continue
+        for what, value in {"images/s": images / seconds, "peak GiB": memory,
+                            "share of the matmul": images * tflop / seconds / peak,
+                            f"speed / {ways[0]}": first / seconds}.items():
+            yield f"{images} images, {how}: {what}", value, ""
 
 
-def index(folder, args):
-    """The index of many captions, five a picture, whose pictures are in a .zip."""
-    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
-        rows = (f"{k // 5:09d}.jpg,caption {k}: a dog runs over the wet grass near a lake"
-                for k in range(args.captions))
-        archive.writestr("captions.csv", "\n".join(["image,caption", *rows]))
-        for i in range(args.captions // 5):
-            archive.writestr(f"{i:09d}.jpg", b"a picture")
-    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
-        yield from pool.submit(index_figures, folder / "data.zip", args.captions).result(1800)
+def tests(folder):
+    """tests/test_gpu.py, several at a time: DDP over NCCL, SIGTERM, a killed rank and more."""
+    run = subprocess.Popen([sys.executable, "-m", "pytest", "tests/test_gpu.py", "-v", "-oaddopts=",
+                            "-n8" if CUDA else "-n2"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        print(line, end="")
+        if found := re.search(r"\] (\w+) tests/test_gpu.py::(\S+)", line):
+            yield found[2], found[1], ""
+    sys.exit(run.wait())
 
 
-SECTIONS = dict(loop=loop, switches=switches, cache=cache, processes=processes, sampling=sampling,
-                evaluation=evaluation, index=index)
+def default(folder):
+    """The default run and what it has learned."""
+    run, short = folder / "run", [] if CUDA else ["--max-steps", 40]
+    for name, *flags in (("train.py", "--folder", run, *short),
+                         ("evaluate.py", "--checkpoint", run, "--num-images", 1152 if CUDA else 8)):
+        start = now()
+        lines = script(name, *flags).splitlines()
+        yield f"{name}: seconds", now() - start, ""
+        yield from ((name, line, "") for line in lines if re.match("epoch|guidance", line))
 
 
-def line_of(section, name, value, aim):
-    """A row as text."""
-    value = value if isinstance(value, str) else f"{value:.4g}"
-    return f"{section:10}  {name:60} {value:>10}  {aim}"
+SECTIONS = {f.__name__: f for f in (loop, switches, processes, sampling, evaluation, index)}
+# In order of worth: seconds that a part may take, and what it does. Compiling takes most of them.
+GPU = {f"{preset}_{images}": (limit, partial(updates, preset, images, ways))
+       for preset, images, limit, ways in (
+           ("standard", 256, 150, WAYS), ("large", 64, 180, WAYS), ("standard", 64, 100, WAYS[:4]),
+           ("standard", 512, 120, WAYS[:4]), ("large", 32, 120, WAYS[:4]))}
+GPU |= dict(tests=(180, tests), large_most=(130, partial(updates, "large", None, WAYS[2:3])),
+            sampling=(100, sampling), default=(150, default))
+GPU |= {f"{preset}_{images}_last": (120, partial(updates, preset, images, WAYS[2::2]))
+        for preset, images in (("standard", 64), ("standard", 512), ("large", 32))}
+PARTS = {name: (3600, section) for name, section in SECTIONS.items()} | GPU
+
+
+def measure(name, out):
+    """What a part's process does: its rows go to the screen and into the file."""
+    os.setsid()
+    machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads"
+    title = f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", "", ""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(out, "a") as file:
+        for what, value, aim in chain([title], PARTS[name][1](Path(folder))):
+            value = value if isinstance(value, str) else f"{value:.4g}"
+            for place in (sys.stdout, file):
+                print(f"{name:12}  {what:60} {value:>10}  {aim}", file=place, flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS)
-    parser.add_argument("--repeats", type=int, default=4, help="pieces of each kind")
-    parser.add_argument("--captions", type=int, default=1_000_000, help="of the section index")
-    args, rows = parser.parse_args(), []
-    machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads"
-    where = f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    print(where)
-    for name in args.only or [name for name in SECTIONS if name != "processes" or not CUDA]:
-        with tempfile.TemporaryDirectory() as folder:
-            for row in SECTIONS[name](Path(folder), args):
-                rows.append((name, *row))
-                print(line_of(*rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"where": where, "rows": rows}, indent=1))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=["gpu", *PARTS])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark.txt")
+    parser.add_argument("--small", action="store_true", help="rehearse on a CPU with tiny networks")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    is_gpu = "gpu" in args.parts
+    names = [*GPU] if is_gpu else args.parts or [*SECTIONS]
+    os.environ |= dict(PYTHONWARNINGS="ignore", TQDM_DISABLE="1")
+    if args.small or is_gpu and not CUDA:
+        os.environ |= dict(REHEARSAL="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    slow, ends = 4 if "REHEARSAL" in os.environ else 1, {}
+    deadline = time.monotonic() + (900 * slow if is_gpu else 10**6)
+    for name in names:
+        start = time.monotonic()
+        part = SPAWN.Process(target=measure, args=(name, args.out.resolve()))
+        part.start()
+        try:
+            part.join(min(PARTS[name][0] * slow, deadline - start))
+            ends[name] = "out of time" if part.is_alive() else f"exit code {part.exitcode}"
+        finally:
+            for number in (signal.SIGINT, signal.SIGKILL):   # pytest ends what it has started
+                with suppress(ProcessLookupError):
+                    os.killpg(part.pid, number)
+                    part.join(5)
+        print(f"== {name}: {ends[name]}, {time.monotonic() - start:.0f} s", flush=True)
+    sys.exit(any(end != "exit code 0" for end in ends.values()))
 
 
 if __name__ == "__main__":
