@@ -79,7 +79,8 @@ def diffusion_loss(unet, model, batch, min_snr_gamma=None, snr_floor=None):
 def learning_rate(step, total_steps, args):
     """The learning rate of update number `step`, from 0: a pure function, so that there is no
     scheduler state to save."""
-    lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+    warmup_steps = min(args.warmup_steps, total_steps / 20)   # short runs reach their peak too
+    lr = args.lr * min(1, (step + 1) / max(1, warmup_steps))
     if args.lr_schedule == "cosine":
         lr *= (1 + math.cos(math.pi * min(1, step / total_steps))) / 2
     elif args.lr_schedule == "decay":
@@ -617,14 +618,15 @@ class TrainingConfig:
     batch_size: int = flag(128, "images per optimizer update, over all processes")
     accumulation: int = flag(1, "micro-batches per update")
     lr: float = flag(2e-4, "AdamW's peak learning rate")
-    warmup_steps: int = flag(1000, "updates over which the learning rate rises linearly")
+    warmup_steps: int = flag(1000, "updates of linear rise; at most a twentieth of the run's")
     lr_schedule: str = flag("cosine", "decay: in the last fifth", choices=LR_SCHEDULES)
     adam_betas: tuple = flag((0.9, 0.999), "AdamW's averages", type=float, nargs=2)
     weight_decay: float = flag(0.01, "AdamW's")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; inf: never")
     min_snr_gamma: float = flag(5.0, "upper clamp of the SNR, the x_0 error's weight (Hang et al. "
                                 "2023); none for both: the simple loss", type=number_or_none)
-    snr_floor: float = flag(None, "lower clamp (Salimans & Ho 2022)", type=number_or_none)
+    snr_floor: float = flag(None, "lower clamp (Salimans & Ho 2022); not given: none for epsilon, "
+                            "else 1", type=number_or_none)
     ema_decay: float = flag(0.9999, "decay of the averaged weights")
     seed: int = flag(0, "of first weights, order, timesteps and noise")
 
@@ -661,7 +663,7 @@ class TrainingConfig:
 # What suits a preset better than the defaults above, which are the standard preset's.
 TRAINING_PRESETS = {
     "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay",
-                 ema_decay=0.998, snr_floor=1.0, adam_betas=(0.9, 0.99)),   # 0.999: loss may leap
+                 ema_decay=0.998, adam_betas=(0.9, 0.99)),   # with 0.999 the loss may leap
     "large": dict(batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant")}
 
 
@@ -715,8 +717,10 @@ def settle(given):
         then = (payload["args"] | payload["config"])[name]
         require(given[name] == then, asked, name, f"{path or start} has {then}; leave it out")
     config = ModelConfig(**(payload["config"] if payload else vars(PRESETS[preset])) | of_model)
+    if not resume and "snr_floor" not in given and config.prediction_type != "epsilon":
+        args = replace(args, snr_floor=1.0)   # else the weight vanishes where sampling starts
     if not payload:
-        check_schedule(config)
+        check_schedule(args, config)
         if config.text_encoder == "builtin" and data.is_builtin(args.data):
             config = replace(config, builtin_words=data.VOCABULARY)   # of other data: main
     require(args.cache_latents is None or config.vae != "none", args, "cache_latents",
@@ -724,10 +728,15 @@ def settle(given):
     return args, config, payload, path
 
 
-def check_schedule(config):
+def check_schedule(args, config):
     """Raises: ValueError where sampling cannot start at x_T. Not of runs that began before this was
     checked: they stay what they are."""
-    last = models.NoiseSchedule(config).alphas_cumprod[-1].item()
+    schedule = models.NoiseSchedule(config)
+    weights = schedule.loss_weight(torch.arange(config.num_train_timesteps), args.min_snr_gamma,
+                                   args.snr_floor)
+    share, last = (weights[-1] / weights.mean()).item(), schedule.alphas_cumprod[-1].item()
+    require(0.01 <= share <= 100, args, "snr_floor", f"the loss weight at x_T, where sampling "
+            f"starts, is {share:.2g} of the mean; leave the flag out")
     require(last < 0.05, config, "num_train_timesteps", f"x_T is far from noise, with alpha_bar "
             f"{last:.2g}; use more, or add --beta-schedule cosine")
     # An error in eps is magnified by 1 / sqrt(alpha_bar), and latents are not clipped.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from models import BETA_SCHEDULES, PREDICTION_TYPES, PRESETS, ModelConfig, NoiseSchedule, build_unet
 from sample import SAMPLERS, make_timesteps
 
@@ -143,3 +144,26 @@ def test_presets_are_valid_and_large_is_sd15():
     with torch.device("meta"):
         unets = {name: build_unet(PRESETS[name], *shape) for name, shape in shapes.items()}
     assert sum(p.numel() for p in unets["large"].parameters()) == 859_520_964
+
+
+@pytest.mark.parametrize("steps", [40, 350, 780])
+def test_short_runs_reach_their_learning_rate(steps):
+    """After a twentieth of the run the learning rate is at its peak, whatever --warmup-steps."""
+    args = train.TrainingConfig(warmup_steps=1000, lr=2e-4, lr_schedule="constant")
+    rates = [train.learning_rate(step, steps, args) for step in range(steps)]
+    assert max(rates) == 2e-4 and rates.index(2e-4) <= steps / 20
+
+
+@every_case
+def test_the_network_learns_where_sampling_starts(betas, prediction, zero):
+    """By default the loss weight at x_T is no less than a twentieth of the mean, whatever is
+    predicted; flags that make it next to nothing, or all that counts, are refused."""
+    flags = dict(vae="none", beta_schedule=betas, prediction_type=prediction,
+                 zero_terminal_snr=zero)
+    args, config, *_ = train.settle(flags)
+    weights = NoiseSchedule(config).loss_weight(torch.arange(1000), args.min_snr_gamma,
+                                                args.snr_floor)
+    assert 0.05 * weights.mean() < weights[-1] < 20 * weights.mean()
+    if zero or (prediction, betas) == ("epsilon", "cosine"):
+        with pytest.raises(ValueError, match="--snr-floor"):
+            train.settle(flags | dict(snr_floor=None if zero else 1.0))
