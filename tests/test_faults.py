@@ -169,7 +169,7 @@ def loss(*args, real=train.diffusion_loss):
 
 def count_update(state, loss, norm, real=train.TrainingState.count_update):
     real(state, loss, norm)
-    weights = [zlib.crc32(p.detach().numpy().tobytes()) for p in state.weights + state.averages]
+    weights = [zlib.crc32(p.detach().numpy().tobytes()) for p in state.weights]
     os.write(1, f"rank {rank}: {state.step} {sum(weights)} {loss.item()}\\n".encode())
 
 train.diffusion_loss, train.TrainingState.count_update = loss, count_update
