@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import tarfile
@@ -50,8 +49,7 @@ AMP, DEVICES = ("auto", "bf16", "fp16", "off"), ("auto", "cuda", "cpu")   # choi
 # With these a job is asked to stop; they reach all of its processes.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 # A stream's place is part of its seed, so new ones go to the end.
-STREAMS = ("sample", "order", "split", "validation", "sampling", "shapes", "evaluation",
-           "dropout")
+STREAMS = ("sample", "order", "split", "validation", "sampling", "shapes", "evaluation", "dropout")
 
 
 def counter_rng(stream, *counters):
@@ -266,7 +264,7 @@ def cache_latents(folder, source, config, latent_shape, encode, write, flip=Fals
     images each. Files appear under their names when they are complete, so a killed job loses one
     file a rank, and jobs that start together do no harm. encode: uint8 (B, H, W, c) to mean and
     standard deviation, each (B, C, h, w); write(path, fill) lets fill(file) write atomically.
-    Raises: ValueError where the disk is too small or a latent is not finite.
+    Raises: OSError where the disk is full, ValueError where a latent is not finite.
     """
     count, rank, ranks = len(source), dist.get_rank(), dist.get_world_size()
     size = min(256, max(16, count // 64))   # images a file: depends on the count alone
@@ -276,10 +274,6 @@ def cache_latents(folder, source, config, latent_shape, encode, write, flip=Fals
              for k, numbers in enumerate(in_batches(range(count), size))}
     # One answer for all, also where another job is at work.
     missing = gather([p for p in files if open_latents(p, len(files[p]), shape) is None])[0]
-    needed = 2 * int(np.prod(shape)) * sum(len(files[path]) for path in missing)
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f"--cache-latents {folder}: needs {needed / 2**30:.1f} GiB, "
-                         f"{free / 2**30:.1f} GiB are free; name another folder")
 
     def load_or_next(i):
         number, loaded = first_readable(load_image, everything, i)
@@ -590,9 +584,6 @@ class PackedStrings:
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         self.buffer, self.ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
 
-    def __len__(self):
-        return len(self.ends) - 1
-
     def __getitem__(self, i):
         return self.buffer[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogateescape")
 
@@ -796,8 +787,8 @@ def pick_keys(keys, column):
     """(key of the image, keys of its captions) of a row. Raises: LookupError where there are none,
     or captions of several kinds."""
     image = next((key for key in IMAGE_KEYS if key in keys), None)
-    captions = [key for key in keys if (key == column.lower() if column
-                                        else CAPTION_KEY.fullmatch(key))]
+    named = CAPTION_KEY.fullmatch if column is None else column.lower().__eq__
+    captions = [*filter(named, keys)]
     if image is None or len({key.rstrip("_0123456789") for key in captions}) != 1:
         found = f"images {image}, captions {' and '.join(captions) or None}"
         raise LookupError(f"of the columns {', '.join(keys)[:80]}: {found}; such as image and "
@@ -849,13 +840,10 @@ def table_rows(text, find):
     keys = [key.strip().lower() for key in next(csv.reader([header], delimiter=comma)) or [""]]
     if re.match(r"[^\t]+\.\w+#\d+\t", header):
         lines, keys, quoting = chain([header], lines), ["image", "caption"], csv.QUOTE_NONE
-    elif keys[0] not in IMAGE_KEYS and find(keys[0]) is not None:
-        raise LookupError("its first line names an image; a header is missing: image,caption")
-    if twice := [key for key, count in Counter(keys).items() if key and count > 1]:
-        raise LookupError(f"has two columns {twice[0]}")
+    elif (keys[0] not in IMAGE_KEYS and find(keys[0]) is not None
+          or max(Counter(filter(None, keys)).values(), default=0) > 1):
+        raise LookupError("its first line is no header of different names, such as image,caption")
     for row in csv.DictReader(lines, keys, strict=True, delimiter=comma, quoting=quoting):
-        if not any(map(any, filter(None, row.values()))):   # spreadsheets leave rows of commas
-            continue
         if None in row and CAPTION_KEY.fullmatch(keys[-1]):   # commas in a caption without quotes
             row[keys[-1]] = comma.join([row[keys[-1]], *row.pop(None)]).rstrip(comma)
         # A stray quote takes the rows below it, with their images' names, for one cell.
@@ -1040,7 +1028,7 @@ class CaptionedImages:
 
     def __len__(self):
         """How many images have captions."""
-        return len(self.names)
+        return len(self.first) - 1
 
     def captions(self, i):
         """All captions of image i."""
@@ -1061,19 +1049,15 @@ class CaptionedImages:
 
     def _read(self, i, use):
         """use(file) of image i's file. Raises: UnreadableImage; OSError where not the file but all
-        data are out of reach, for a minute, so that a passing fault changes no sample."""
-        for wait in (1, 2, 4, 8, 16, 32, 0):
-            try:
-                with self.files.open(i) as file:
-                    return use(file)
-            except Exception as error:   # Pillow and zipfile raise a dozen kinds on damaged bytes
-                if os.path.exists(self.path) and getattr(error, "errno", None) not in OUT_OF_REACH:
-                    raise UnreadableImage(f"--data {self.path}: {self.names[i]!r} cannot be read "
-                                          f"as an image: {error}") from None
-                warnings.warn(f"--data {self.path}: out of reach: {error}", stacklevel=2)
-            own_file.cache_clear()
-            time.sleep(wait)
-        raise OSError(f"--data {self.path}: out of reach for a minute; go on with --resume")
+        data are out of reach, so that the fault changes no sample."""
+        try:
+            with self.files.open(i) as file:
+                return use(file)
+        except Exception as error:   # Pillow and zipfile raise a dozen kinds on damaged bytes
+            if not os.path.exists(self.path) or getattr(error, "errno", None) in OUT_OF_REACH:
+                raise OSError(f"--data {self.path}: out of reach: {error}; then --resume") from None
+            raise UnreadableImage(f"--data {self.path}: {self.names[i]!r} cannot be read as an "
+                                  f"image: {error}") from None
 
 
 def read_image(file, channels, side):

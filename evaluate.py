@@ -6,7 +6,6 @@
 
     accuracy    built-in pictures only: the share of pictures that show what their prompt says
     fid         Frechet distance of Inception features, Heusel et al. 2017
-    kid         unbiased squared MMD of the same features, Binkowski et al. 2018
     clip        CLIP score: the mean of 100 cos(image, prompt), Hessel et al. 2021
 
 Picture i is a function of the seed, prompt i and i alone, so neither the batch size nor the number
@@ -30,16 +29,14 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 import data
-from data import BACKGROUNDS, COLOURS, SCENES, SHAPES, SIZES, gather, hash_of, interleave
+from data import BACKGROUNDS, COLOURS, SCENES, SHAPES, SIZES, gather, hash_of
 from models import load_model, load_pretrained, load_whole, require, write_atomically
 from sample import DEFAULTS, add_sampling_flags, check_sampling, draw_share, sampling_settings
 
-METRICS = ("accuracy", "fid", "kid", "clip")
+METRICS = ("accuracy", "fid", "clip")
 PLACES = ("checkpoint", "data", "inception_weights", "clip_model", "output", "device",
           "batch_size", "vae", "text_encoder")
-LIBRARIES = ("torch", "torchmetrics", "torch-fidelity", "transformers", "diffusers", "numpy",
-             "pillow")
-KID_IMAGES, KID_SUBSETS, KID_SUBSET_SIZE = 10_000, 100, 1000
+LIBRARIES = ("torch", "torch-fidelity", "transformers", "diffusers", "numpy", "pillow")
 
 # Feature networks. In full float32: TF32's rounding would make figures depend on the kind of GPU.
 
@@ -47,8 +44,8 @@ KID_IMAGES, KID_SUBSETS, KID_SUBSET_SIZE = 10_000, 100, 1000
 class Inception:
     """torch-fidelity's Inception v3: images uint8 (B, c, H, W) to features (B, d) float32.
 
-    It resizes as the original FID does, bilinear without antialiasing, like torch-fidelity;
-    torchmetrics' default, with antialiasing, gives other figures.
+    It resizes as the original FID does, bilinear without antialiasing; torchmetrics' default, with
+    antialiasing, gives other figures.
     """
 
     def __init__(self, layer, weights, device):
@@ -92,69 +89,47 @@ class Clip:
                                          network.text_projection(read).double())
 
 
-# Distances between sets of features
+# The distance between two sets of features
 
 
-class FeatureStatistics:
-    """What FID and KID need of many features x (d,), in memory that does not grow with them.
+class Gaussian:
+    """Mean and covariance of many features x (d,), in memory that does not grow with them.
 
     `moments` is the float64 sum of (1, x) (1, x)^T: count, sum and outer products in one matrix, so
-    that ranks add up in one all-reduce. KID needs features: those of the first KID_IMAGES images.
+    that ranks add up in one all-reduce.
     """
 
     def __init__(self, dim, device):
         self.moments = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
-        self.features = torch.empty(0, dim)
 
-    def update(self, numbers, features):
-        """Add the features (B, d) of these images, whose numbers ascend on each rank."""
+    def update(self, features):
+        """Add features (B, d)."""
         ones_and_features = F.pad(features.double(), (1, 0), value=1.0)
         self.moments += ones_and_features.T @ ones_and_features
-        kept = features[:sum(i < KID_IMAGES for i in numbers)].float().cpu()
-        self.features = torch.cat([self.features, kept])
 
     def reduce(self):
-        """Join all ranks' parts, on every rank; image i was on rank i mod world_size."""
+        """Mean (d,) and covariance (d, d) of the features of all ranks."""
         dist.all_reduce(self.moments)
-        if not self.moments.isfinite().all():
-            raise ValueError("--metrics: features are not finite: broken weights or pictures")
-        self.features = torch.stack(interleave(gather(self.features)))
-        return self
-
-    def gaussian(self):
-        """Mean (d,) and covariance (d, d) of all features."""
         count = self.moments[0, 0]
         mean = self.moments[0, 1:] / count
         return mean, (self.moments[1:, 1:] - count * mean.outer(mean)) / (count - 1)
 
 
 def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)): Heusel et al. 2017, Eq. 6.
+    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two (mean, covariance): Heusel et al.
+    2017, Eq. 6. Raises: ValueError where these are not finite.
 
     The eigenvalues of S_a S_b are those of S_a^(1/2) S_b S_a^(1/2), which is symmetric, so that
     they stay real.
     """
-    (mu_a, S_a), (mu_b, S_b) = a.gaussian(), b.gaussian()
+    (mu_a, S_a), (mu_b, S_b) = a, b
+    if not (S_a + S_b).isfinite().all():
+        raise ValueError("--metrics fid: features are not finite: broken weights or pictures")
     eigenvalues, vectors = torch.linalg.eigh(S_a)
     root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
     trace_of_root = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
     squared = (mu_a - mu_b).square().sum() + S_a.trace() + S_b.trace() - 2 * trace_of_root
     return max(squared.item(), 0.0)   # in this order NaN stays NaN
-
-
-def kernel_distance(generated, reference, device):
-    """Mean and standard deviation of the unbiased MMD^2 with kernel (x . y / d + 1)^3 over random
-    subsets (Binkowski et al. 2018, Eq. 4); the subsets are those that torch-fidelity draws."""
-    from torchmetrics.image.kid import poly_mmd
-    # At most half of a set, so that subsets differ.
-    size = min(KID_SUBSET_SIZE, len(generated) // 2, len(reference) // 2)
-    if size < 2:
-        raise ValueError("--metrics kid: needs at least 4 pictures to judge and 4 to compare with")
-    rng = np.random.RandomState(2020)
-    sets = [features.to(device, torch.float64) for features in (generated, reference)]
-    values = [poly_mmd(*(features[rng.choice(len(features), size, replace=False)]
-                         for features in sets)).item() for _ in range(KID_SUBSETS)]
-    return np.mean(values).item(), np.std(values).item()
 
 
 # The built-in pictures' answer key, and prompt accuracy
@@ -258,20 +233,19 @@ class Reference:
 
     @torch.no_grad()
     def statistics(self, network, batch_size, device):
-        """Those of the features of all pictures, over all ranks."""
-        statistics = FeatureStatistics(network.dim, device)
+        """Mean and covariance of the features of all pictures, over all ranks."""
+        statistics = Gaussian(network.dim, device)
         numbers = data.rank_batches(self.count, batch_size)
         loader = data.make_loader(self, numbers, workers=data.default_workers())
-        for batch, images in progress(zip(numbers, loader), self.count, "reference", device):
-            statistics.update(batch, network(images.permute(0, 3, 1, 2)))
+        for _, images in progress(zip(numbers, loader), self.count, "reference", device):
+            statistics.update(network(images.permute(0, 3, 1, 2)))
         return statistics.reduce()
 
 
 def builtin_data(args):
     """(prompts, scenes, reference). Pictures 0, 2, ... are of trained combinations and 1, 3, ... of
     held-out ones, each in a fixed random order, over and over; the reference are right drawings."""
-    groups = [[scene for scene in SCENES if data.is_held_out(scene) == held_out]
-              for held_out in (False, True)]
+    groups = [[s for s in SCENES if data.is_held_out(s) == held] for held in (False, True)]
     orders = [data.counter_rng("evaluation", 0).permutation(group) for group in groups]
     scenes = [orders[i % 2][i // 2 % len(orders[i % 2])] for i in range(args.num_images)]
 
@@ -290,22 +264,20 @@ def captioned_data(args, run):
     names = ("captions", "caption_column") if is_the_runs else ()
     source = data.open_source(args.data, None, run["caption_template"], run["max_bad_images"],
                               *map(run.get, names))
-    training, validation = data.split_images(source, args.val_fraction)
+    training, held = data.split_images(source, args.val_fraction)
     require(not is_the_runs or len(training) == run["train_images"], args, "data",
             f"has {len(training)} training images with --val-fraction {args.val_fraction}, and not "
             f"the run's {run['train_images']}: some may be validation images now; restore both")
-    ascending = dict(validation=validation, training=training,
-                     all=np.arange(len(source)))[args.reference]
+    ascending = dict(validation=held, training=training, all=np.arange(len(source)))[args.reference]
     require(len(ascending), args, "reference", "the data have none; choose another")
-    prompts, prompted = [], validation if len(validation) else ascending
+    prompts, prompted = [], held if len(held) else ascending
     order = data.counter_rng("evaluation", 0).permutation(prompted)
     for i in range(args.num_images):
         captions = source.captions(order[i % len(order)])
         prompts.append(captions[i // len(order) % len(captions)])
-    numbers = data.counter_rng("evaluation", 1).permutation(ascending)   # the first serve for KID
     load = partial(source.image, channels=len(args.mode), side=args.resolution)
     return prompts, None, Reference(
-        len(numbers), lambda i: data.first_readable(load, ascending, numbers[i])[1])
+        len(ascending), lambda i: data.first_readable(load, ascending, ascending[i])[1])
 
 
 # Judging
@@ -313,27 +285,26 @@ def captioned_data(args, run):
 
 def choose_metrics(args, count):
     """--metrics, or those that suit the data. Raises: ValueError where one does not apply."""
-    allowed, why = set(METRICS), "is for models on the built-in pictures in colour"
-    if not data.is_builtin(args.data) or args.mode == "L":
-        allowed -= {"accuracy"}
-    chosen = set(args.metrics or ({"accuracy"} if "accuracy" in allowed else allowed))
+    has_key = data.is_builtin(args.data) and args.mode == "RGB"
+    chosen = args.metrics or (["accuracy"] if has_key else ["fid", "clip"])
+    if "accuracy" in chosen and not has_key:
+        raise ValueError("--metrics accuracy: is for models on the built-in pictures in colour")
     if "fid" in chosen and min(args.num_images, count) < int(args.inception_layer):
-        allowed -= {"fid"}   # the covariance would be singular
-        why = (f"{args.num_images} pictures, a reference of {count}: below the "
-               f"{args.inception_layer} dimensions of the features; use kid, or more images: "
-               "--num-images, --reference all")
-        if not args.metrics and dist.get_rank() == 0:
+        why = (f"needs {args.inception_layer} pictures, as many as features have dimensions, not "
+               f"{args.num_images} and {count}; add --num-images, --reference all")
+        if args.metrics:
+            raise ValueError(f"--metrics fid: {why}")
+        if dist.get_rank() == 0:
             print(f"fid left out: {why}", flush=True)
-    for name in chosen - allowed if args.metrics else ():
-        raise ValueError(f"--metrics {name}: {why}")
-    return [name for name in METRICS if name in chosen & allowed]
+        return ["clip"]
+    return chosen
 
 
 @torch.no_grad()
 def judge(args, batches, inception, clip, prompts, scenes, label, device):
     """{metric: figure} of the pictures that come in batches of (image numbers, uint8 (B, c, H, W)),
     a share on each rank; inception and clip: the networks, or None."""
-    statistics = inception and FeatureStatistics(inception.dim, device)
+    statistics = inception and Gaussian(inception.dim, device)
     clip_sum, values = torch.zeros((), dtype=torch.float64, device=device), {}
     answers = []
     for numbers, images in progress(batches, args.num_images, label, device):
@@ -342,21 +313,14 @@ def judge(args, batches, inception, clip, prompts, scenes, label, device):
         if clip:
             clip_sum += clip(images, [prompts[i] for i in numbers]).sum()
         if inception:
-            statistics.update(numbers, inception(images))
+            statistics.update(inception(images))
     if "accuracy" in args.metrics:
         values["accuracy"] = accuracy_report(sum(gather(answers), []))
     if clip:
         dist.all_reduce(clip_sum)
         values["clip"] = max(clip_sum.item() / args.num_images, 0.0)
-    generated = inception and statistics.reduce()
-    if "fid" in args.metrics:
-        values["fid"] = frechet_distance(generated, inception.reference)
-    if "kid" in args.metrics:
-        values["kid"], values["kid_std"] = kernel_distance(
-            generated.features, inception.reference.features, device)
-    for name, value in values.items():
-        if name != "accuracy" and not math.isfinite(value):
-            raise ValueError(f"--metrics {name}: came out as {value}: broken weights or pictures")
+    if inception:
+        values["fid"] = frechet_distance(statistics.reduce(), inception.reference)
     return values
 
 
@@ -367,19 +331,16 @@ def print_results(results):
     """A line for each guidance scale, or for each of the two groups of built-in pictures, with 95%
     intervals, from the main rank."""
     for result in results if dist.get_rank() == 0 else ():
-        title = f"guidance scale {result['guidance_scale']:g}"
-        speed = f"{result['images_per_second']:.2f} images/s"
-        figures = [f"{name} {result[name]:.5f}" for name in ("fid", "kid", "kid_std", "clip")
-                   if name in result]
-        if figures:
-            print(f"{title}: {', '.join(figures)}; {speed}")
+        figures = [f"{name} {result[name]:.5f}" for name in ("fid", "clip") if name in result]
+        print(f"guidance scale {result['guidance_scale']:g}: {', '.join(figures)}; "
+              f"{result['images_per_second']:.2f} images/s")
         for group, report in result.get("accuracy", {}).items():
             shares = ["{} {:.1f}% ({:.1f}-{:.1f})".format(
-                name, *(100 * x for x in (value["share"], *value["interval"])))
-                for name, value in report.items() if name not in ("images", "rms")]
+                name, *(100 * x for x in (report[name]["share"], *report[name]["interval"])))
+                for name in (*ATTRIBUTES, "all")]
             rms = f"{report['rms']['median']:.1f} (90th percentile {report['rms']['p90']:.1f})"
-            print(f"{title}, {report['images']} pictures of {group} combinations: "
-                  f"{', '.join(shares)}; {rms} grey levels from the nearest drawing; {speed}")
+            print(f"  {report['images']} pictures of {group} combinations: {', '.join(shares)}; "
+                  f"{rms} grey levels from the nearest drawing")
 
 
 # Command line
@@ -425,8 +386,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = data.setup_processes(args.device)
     torch.backends.cuda.matmul.allow_tf32 = False     # convolutions: see the feature networks
-    model = load_model(args.checkpoint, device, args.weights, args.compile,
-                       vae=args.vae, text_encoder=args.text_encoder)
+    model = load_model(args.checkpoint, device, args.weights, vae=args.vae,
+                       text_encoder=args.text_encoder)
     # What was not given is as in training.
     args.data = args.data or model.run["data"]
     if args.val_fraction is None:
@@ -438,21 +399,20 @@ def main(argv=None):
     prompts, scenes, reference = builtin_data(args) if builtin else captioned_data(args, model.run)
     args.metrics = choose_metrics(args, reference.count)
     inception = clip = None
-    if {"fid", "kid"} & set(args.metrics):
+    if "fid" in args.metrics:
         inception = Inception(args.inception_layer, args.inception_weights, device)
         inception.reference = reference.statistics(inception, args.batch_size, device)
     if "clip" in args.metrics:
         clip = Clip(args.clip_model, device)
-    path, record = open_record(
-        args, model.source, dtype=str(dtype), prompts=hash_of(prompts), pictures=reference.count,
-        networks=[network.settings for network in (inception, clip) if network])
+    networks = [network.settings for network in (inception, clip) if network]
+    path, record = open_record(args, model.source, dtype=str(dtype), prompts=hash_of(prompts),
+                               pictures=reference.count, networks=networks)
     print_results(record["results"])   # of an earlier, interrupted call
     for scale in sorted({*args.guidance_scales} - {r["guidance_scale"] for r in record["results"]}):
         start = time.perf_counter()
         batches = draw_share(model, prompts, range(len(prompts)), guidance_scale=scale,
                              dtype=dtype, **sampling_settings(args))
-        values = judge(args, batches, inception, clip, prompts, scenes,
-                       f"guidance scale {scale:g}", device)
+        values = judge(args, batches, inception, clip, prompts, scenes, f"s = {scale:g}", device)
         record["results"].append(values | dict(
             guidance_scale=scale, where={name: version(name) for name in LIBRARIES},
             images_per_second=args.num_images / (time.perf_counter() - start)))

@@ -76,12 +76,8 @@ class NoiseSchedule:
         alphas_cumprod = (1 - betas).cumprod(0)
         if config.zero_terminal_snr:
             alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
-        previous = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-        # To plot, and for the loss; each (T,) float64.
-        self.betas = 1 - alphas_cumprod / previous
-        self.posterior_variance = self.betas * (1 - previous) / (1 - alphas_cumprod)
-        self.snr = (alphas_cumprod / (1 - alphas_cumprod)).to(device)
-        self.alphas_cumprod = alphas_cumprod.to(device)
+        self.alphas_cumprod = alphas_cumprod.to(device)                 # (T,) float64
+        self.snr = (alphas_cumprod / (1 - alphas_cumprod)).to(device)   # likewise
         # For an int t, on the CPU: the GPU need not be waited for. The 1 at the end is for t = -1.
         self.scalars = F.pad(alphas_cumprod, (0, 1), value=1.0)
         self.num_train_timesteps = config.num_train_timesteps
@@ -226,8 +222,7 @@ class ModelConfig:
     unet: dict = field(default_factory=dict)            # keyword arguments of UNet2DConditionModel
     resolution: int = flag(256, "side of the square images, in pixels")
     image_channels: int = flag(3, "3: RGB; 1: greyscale, with --vae none", choices=(1, 3))
-    text_encoder: str = flag("openai/clip-vit-base-patch32", "CLIP: hub id or folder; or builtin",
-                             type=place)
+    text_encoder: str = flag("openai/clip-vit-base-patch32", "a CLIP's, or builtin", type=place)
     builtin_words: list = field(default_factory=list)   # vocabulary of --text-encoder builtin
     token_length: int = flag(77, "tokens per caption, padded or cut to this; 16 to 77")
     pooled_text: bool = flag(False, "add the mean token feature to the timestep embedding")
@@ -293,8 +288,7 @@ class TextEncoder(nn.Module):
             self.tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, "tokenizer",
                                              "--text-encoder")
             longest = self.clip.config.max_position_embeddings
-            require(config.token_length <= longest, config, "token_length",
-                    f"{name} takes at most {longest}")
+            require(config.token_length <= longest, config, "token_length", f"at most {longest}")
         self.width = self.clip.config.hidden_size
         self.rows, self.features = {}, torch.empty(0)   # see remember()
         self.float().requires_grad_(False).eval()       # whatever dtype the weights were stored in
@@ -370,8 +364,7 @@ class ImageCodec(nn.Module):
             x_0 = F.pixel_unshuffle(images, self.patch)
             return x_0, torch.zeros_like(x_0)
         with torch.autocast(images.device.type, enabled=False):
-            parts = [self.vae.encode(part).latent_dist
-                     for part in images.float().split(self.slice_size)]
+            parts = [self.vae.encode(x).latent_dist for x in images.float().split(self.slice_size)]
         mean, std = (torch.cat(values) for values in zip(*((q.mean, q.std) for q in parts)))
         return (mean - self.shift) * self.scale, std * self.scale
 
@@ -381,8 +374,8 @@ class ImageCodec(nn.Module):
         if self.is_pixel_space:
             return F.pixel_shuffle(x_0, self.patch).clamp(-1, 1)
         with torch.autocast(x_0.device.type, enabled=False):
-            slices = [self.vae.decode(part.float() / self.scale + self.shift).sample
-                      for part in x_0.split(self.slice_size)]
+            slices = [self.vae.decode(x.float() / self.scale + self.shift).sample
+                      for x in x_0.split(self.slice_size)]
         return torch.cat(slices).clamp(-1, 1)
 
 
@@ -470,8 +463,8 @@ def load_pretrained(load, name, subfolder, flag, **options):
         raise ValueError(f"{flag} {name}: {' '.join(str(damage[0]).split())[:300]}")
     raise FileNotFoundError(
         f"{flag} {name}: no such folder, and not in the Hugging Face cache (HF_HOME="
-        f"{os.environ.get('HF_HOME')}); name its folder or, online, run: hf download {name}, or "
-        "slurm/fetch.sh; --text-encoder builtin and --vae none need no download") from errors[0]
+        f"{os.environ.get('HF_HOME')}); name its folder, or run online: hf download {name}; "
+        "--text-encoder builtin and --vae none need no download") from errors[0]
 
 
 def load_whole(kind, name, subfolder, flag, **options):
@@ -576,8 +569,7 @@ def save_checkpoint(payload, path):
     """
     for is_last in (False, True):
         try:
-            return write_atomically(path, lambda file: torch.save(payload, file),
-                                    check=verify_checkpoint)
+            return write_atomically(path, lambda file: torch.save(payload, file), verify_checkpoint)
         except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
             # A full disk may reach us as torch.save's RuntimeError, with the OSError behind it.
             causes = (error, error.__context__, OSError(errno.EIO, str(error), str(path)))
@@ -619,8 +611,6 @@ def load_checkpoint(path):
         try:
             verify_checkpoint(candidate)
             payload = torch.load(candidate, map_location="cpu", weights_only=True, mmap=True)
-            if not {"unet", "ema", "config", "step", "epoch"} <= set(payload):
-                raise ValueError("not a checkpoint of this project")
             ModelConfig(**payload["config"])   # knows all that it says
             return payload, candidate
         except Exception as error:  # torch.load raises a dozen kinds on damaged bytes
@@ -639,22 +629,14 @@ def load_weights(unet, values):
         raise ValueError("checkpoint: its weights are not those of its config's UNet") from None
 
 
-def config_of(payload, **places):
-    """A checkpoint's ModelConfig. `places`: vae and text_encoder, where they have moved; that their
-    weights are those of training is seen when they are loaded."""
-    moved = {name: place for name, place in places.items() if place}
-    return replace(ModelConfig(**payload["config"]), **moved)
-
-
-def load_model(checkpoint, device="cpu", weights="ema", compiled=False, **places):
+def load_model(checkpoint, device="cpu", weights="ema", **places):
     """The Model in a checkpoint file or run folder, ready to sample. weights: "ema" or "raw";
-    places: see config_of."""
+    places: vae and text_encoder, where they have moved; Model compares their weights."""
     payload, path = load_checkpoint(checkpoint)
-    model = Model(config_of(payload, **places), device, payload.get("frozen"))
+    moved = {name: place for name, place in places.items() if place}
+    model = Model(ModelConfig(**payload["config"] | moved), device, payload.get("frozen"))
     load_weights(model.unet, payload["ema" if weights == "ema" else "unet"])
     model.unet.requires_grad_(False).eval()
-    if compiled:
-        model.unet.compile()   # in place: the names of the weights stay
     model.source = dict(checkpoint=str(path), epoch=payload["epoch"], step=payload["step"],
                         weights=weights)
     model.run = dict(payload.get("args", {}), train_images=payload.get("train_images"))

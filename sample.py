@@ -20,7 +20,6 @@ import re
 import textwrap
 import time
 import warnings
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -166,6 +165,9 @@ def generate(model, prompts, *, seed=0, indices=None, sampler="ddim", steps=30, 
         warnings.warn("--negative-prompt and --guidance-rescale do nothing at --guidance-scale 1")
     if model.text_encoder.count_cut([*prompts, negative_prompt]):
         warnings.warn(f"prompts are cut at {model.config.token_length} tokens")
+    words, known = re.findall(r"\w+", " ".join(prompts).lower()), model.config.builtin_words
+    if known and (unknown := sorted(set(words).difference(known))):
+        warnings.warn(f"{', '.join(unknown)}: not among the words of the captions in training")
     indices = range(len(prompts)) if indices is None else indices
     timesteps = make_timesteps(model.schedule.num_train_timesteps, steps)
     negative_emb = model.text_encoder([negative_prompt])
@@ -232,7 +234,7 @@ def make_grid(pictures, captions=None, columns=None):
     at most four lines; small ones are enlarged."""
     cell = pictures.shape[-1] * max(1, round(128 / pictures.shape[-1]))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows, gap, line, font = math.ceil(len(pictures) / columns), 8, 14, caption_font(12)
+    rows, gap, line, font = math.ceil(len(pictures) / columns), 8, 14, ImageFont.load_default(12)
     wrapped = [textwrap.wrap(caption, max(5, cell // 7), max_lines=4, placeholder=" ...")
                for caption in captions or [""] * len(pictures)]
     # From one picture to the next.
@@ -246,14 +248,6 @@ def make_grid(pictures, captions=None, columns=None):
         for k, text in enumerate(lines):
             draw.text((x, y + cell + 1 + k * line), text, fill="black", font=font)
     return grid
-
-
-def caption_font(size):
-    """A font with many alphabets where the machine has one, else Pillow's own, with Latin alone."""
-    for name in ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf"):
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
 
 
 def make_strip(model, prompt, length=10, **how):
@@ -325,7 +319,6 @@ def add_sampling_flags(parser):
     add("--vae", metavar="PLACE", help="where the VAE is, if not where it was in training")
     add("--text-encoder", metavar="PLACE", help="likewise; its weights must be those of training")
     add("--amp", choices=data.AMP, default="auto", help="autocast dtype")
-    add("--compile", action="store_true", help="torch.compile the UNet: pays for many pictures")
     add("--device", choices=data.DEVICES, default="auto", help="auto: GPUs, if any")
 
 
@@ -339,7 +332,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a file")
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="one or more prompts")
-    add("--prompt-file", help="a text file with one prompt per line; -: standard input")
+    add("--prompt-file", help="a text file with one prompt per line")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt")
     add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"], help="s; 1 is off")
     add("--guidance-scales", type=float, nargs="+", help="also a sheet of all prompts at these")
@@ -349,21 +342,12 @@ def parse_args(argv=None):
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
     if args.prompt_file:
-        path = Path("/dev/stdin" if args.prompt_file == "-" else args.prompt_file)
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = Path(args.prompt_file).read_text("utf-8-sig").splitlines()
         args.prompts += [line.strip() for line in lines if line.strip()]
     if not args.prompts and not args.export:
         raise ValueError("no prompts: give --prompts TEXT ... or --prompt-file FILE")
     check_sampling(args, images_per_prompt=1)
     return args
-
-
-def name_unknown_words(prompts, known):
-    """A word-level text encoder draws nothing for words that it has never seen."""
-    words = set(re.findall(r"\w+", " ".join(prompts).lower()))
-    if known and (unknown := sorted(words - set(known))):
-        warnings.warn(f"--prompts: {', '.join(unknown)}: not among the {len(known)} words of the "
-                      f"captions in training, such as {', '.join(known[:30])}", stacklevel=1)
 
 
 def draw_into(folder, model, prompts, batch_size, **how):
@@ -397,8 +381,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = setup_processes(args.device)
     is_main, dtype = dist.get_rank() == 0, amp_dtype(args.amp, device)
-    model = load_model(args.checkpoint, device, args.weights, args.compile,
-                       vae=args.vae, text_encoder=args.text_encoder)
+    model = load_model(args.checkpoint, device, args.weights, vae=args.vae,
+                       text_encoder=args.text_encoder)
     if args.export and is_main:
         export_pipeline(model, args.export, args.sampler)
         print(f"for diffusers: StableDiffusionPipeline.from_pretrained({str(args.export)!r})")
@@ -410,8 +394,6 @@ def main(argv=None):
     run = Path(model.source["checkpoint"]).parent
     output = gather(args.output or run / time.strftime("samples_%Y%m%d_%H%M%S"))[0]
     output.mkdir(parents=True, exist_ok=True)
-    if is_main:
-        name_unknown_words(prompts, model.config.builtin_words)
     paths = draw_into(output, model, prompts, **how)
     scales = args.guidance_scales or []
     columns = [generate_sharded(model, args.prompts, **how | dict(guidance_scale=scale))

@@ -449,8 +449,8 @@ def take_over(folder):
 
 
 def make_run_folder(args):
-    """A new runs/run_YYYYmmdd_HHMMSS[_name]; for all ranks."""
-    folder, stem = None, time.strftime("run_%Y%m%d_%H%M%S") + (f"_{args.name}" if args.name else "")
+    """A new runs/run_YYYYmmdd_HHMMSS; for all ranks."""
+    folder, stem = None, time.strftime("run_%Y%m%d_%H%M%S")
     for suffix in ("", *(f"_{k}" for k in range(2, 100))) if dist.get_rank() == 0 else ():
         with suppress(FileExistsError):   # of another job that started in the same second
             folder = Path(args.runs, stem + suffix)
@@ -463,9 +463,6 @@ def open_run_folder(folder, record, step, said, keeps_stop):
     """The main rank's SummaryWriter; said: see print_start; keeps_stop: whether to obey a file
     `stop` that a user has made already, as is right for jobs that start by themselves. One of a
     finished run goes."""
-    # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
-    threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
-                            or threading.__excepthook__(died))
     with suppress(FileNotFoundError):
         if not keeps_stop or (folder / "stop").read_text() == FINISHED:
             (folder / "stop").unlink()
@@ -545,14 +542,7 @@ class StepLog:
 
     def restart(self, state):
         """The clock, which stood still meanwhile, begins anew."""
-        self.step, self.data_seconds, self.since = state.step, 0.0, time.perf_counter()
-
-    def wait_for(self, batches):
-        """The next batch. How long it was waited for is logged."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self.data_seconds += time.perf_counter() - start
-        return batch
+        self.step, self.since = state.step, time.perf_counter()
 
     def report(self, state, lr):
         """Write the means to TensorBoard; returns a short text for the progress bar. Raises:
@@ -569,11 +559,10 @@ class StepLog:
             tqdm.write(f"warning: {skipped:.0f} of {steps} updates up to step {state.step} "
                        "skipped: loss or gradient not finite", file=sys.stderr)
         loss, norm = (loss / made, norm / made) if made else (math.nan, math.nan)
-        seconds = time.perf_counter() - self.since
-        speed = (state.step - self.step) * self.batch_size / seconds
+        done = (state.step - self.step) * self.batch_size
+        speed = done / (time.perf_counter() - self.since)
         values = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": lr,
-                  "train/skipped": skipped, "speed/images_per_second": speed,
-                  "speed/data_wait_share": self.data_seconds / seconds}
+                  "train/skipped": skipped, "speed/images_per_second": speed}
         if torch.cuda.is_initialized():
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         with tolerate(OSError, "curves could not be written"):
@@ -590,7 +579,7 @@ class StepLog:
 LR_SCHEDULES = ("constant", "cosine", "decay")
 
 
-def number_or_none(text):
+def or_none(text):
     return None if text == "none" else float(text)
 
 
@@ -606,14 +595,12 @@ class TrainingConfig:
     max_bad_images: float = flag(0.01, "stop if a larger share of captions is of missing images")
     val_fraction: float = flag(0.05, "share held out for validation")
     flip: bool = flag(False, 'mirror half of the images; off because captions say "left"')
-    cache_latents: str = flag(None, "encode images once, into this folder or beside the data",
-                              nargs="?", const="")
+    cache_latents: str = flag(None, "encode once, here or beside the data", nargs="?", const="")
     workers: int = flag(None, "loader processes per rank; not given: its cores less one")
 
     preset: str = flag(None, "not given: for shapes tiny, for other data standard", choices=PRESETS,
                        title="optimization")
-    init_from: str = flag(None, "a run or checkpoint, whose model and average start a new run",
-                          type=place)
+    init_from: str = flag(None, "a run whose model and average start a new one", type=place)
     epochs: int = flag(100, "how often every image is visited")
     batch_size: int = flag(128, "images per optimizer update, over all processes")
     accumulation: int = flag(1, "micro-batches per update")
@@ -623,23 +610,18 @@ class TrainingConfig:
     adam_betas: tuple = flag((0.9, 0.999), "AdamW's averages", type=float, nargs=2)
     weight_decay: float = flag(0.01, "AdamW's")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; inf: never")
-    min_snr_gamma: float = flag(5.0, "upper clamp of the SNR, the x_0 error's weight (Hang et al. "
-                                "2023); none for both: the simple loss", type=number_or_none)
-    snr_floor: float = flag(None, "lower clamp (Salimans & Ho 2022); not given: none for epsilon, "
-                            "else 1", type=number_or_none)
+    min_snr_gamma: float = flag(5.0, "upper clamp of the SNR, the x_0 error's weight", type=or_none)
+    snr_floor: float = flag(None, "lower clamp; not given: 1, for epsilon none", type=or_none)
     ema_decay: float = flag(0.9999, "decay of the averaged weights")
     seed: int = flag(0, "of first weights, order, timesteps and noise")
 
-    amp: str = flag("auto", "auto: bf16, on older GPUs fp16; off on CPUs", choices=AMP,
-                    title="system")
+    amp: str = flag("auto", "auto: bf16, older GPUs fp16, CPUs off", choices=AMP, title="system")
     compile: bool = flag(False, "torch.compile the UNet")
     gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
     device: str = flag("auto", "auto: GPUs, if any", choices=DEVICES)
 
-    resume: str = flag(None, "go on from a run folder or checkpoint, with its flags", type=place,
-                       title="run")
+    resume: str = flag(None, "continue a run or checkpoint with its flags", type=place, title="run")
     runs: str = flag("runs", "where run folders are made")
-    name: str = flag(None, "appended to the run folder's name")
     folder: str = flag(None, "the run folder, and where it goes on from if begun", type=place)
     max_steps: int = flag(None, "stop and save after this many updates in all")
     time_limit: float = flag(None, "stop and save after so many minutes; or before a job's end")
@@ -657,7 +639,6 @@ class TrainingConfig:
             warmup_steps=0, weight_decay=0, snr_floor=0, min_snr_gamma=self.snr_floor or 0.01,
             max_grad_norm=1e-6, max_bad_images=(0, 1), val_fraction=(0, 0.99),
             ema_decay=(0, 0.999999), adam_betas=(0, 0.999999))
-        require("/" not in (self.name or ""), self, "name", "is part of a folder's name: no /")
 
 
 # What suits a preset better than the defaults above, which are the standard preset's.
@@ -691,11 +672,6 @@ def settle(given):
     flags = {k: v for k, v in given.items() if k not in of_model}
     folder, resume, start = (given.get(name) for name in ("folder", "resume", "init_from"))
     resume = folder if folder and models.find_checkpoints(folder) else resume
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
-            folder and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"):
-        # Else a restart begins anew, or calls at the addresses of the dead (pytorch issue 135712).
-        raise ValueError("torchrun --max-restarts: add --folder RUN, and in the environment set "
-                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     if resume:
         payload, path = models.load_checkpoint(resume)
         newest, *older = models.find_checkpoints(path.parent) or [path]
@@ -813,7 +789,7 @@ def main(argv=None):
             state.optimizer.param_groups[0]["lr"] = lr
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
             for micro in range(args.accumulation):
-                batch = data.to_device(log.wait_for(batches), device)
+                batch = data.to_device(next(batches), device)
                 # Of dropout, where the network has any.
                 torch.manual_seed(order.dropout_seed(state.step, micro))
                 # DDP averages gradients over ranks in the last backward pass of an update.

@@ -1,6 +1,5 @@
 """Shared by the tests: starting the real scripts with a time limit, small data, small networks."""
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -175,14 +174,6 @@ def assert_same(a, b):
     assert kinds == others
     for x, y in zip(ours, theirs):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-
-
-def readme_block(word):
-    """The README's only block of Python with this word in it."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    block, = [block for block in blocks if word in block]
-    return block
 
 
 # Data and networks

@@ -1,5 +1,7 @@
 """To diffusers and back: an exported model draws our pictures in diffusers' own pipeline, and the
 README's recipe makes a pipeline a checkpoint of ours."""
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,12 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 import data
 import sample
-from conftest import assert_same, newest, readme_block, run_ok, train_run
+from conftest import ROOT, assert_same, newest, run_ok, train_run
 from models import PRESETS, Model, ModelConfig, load_model
 from sample import export_pipeline
 
+RECIPE = re.search(r"^```python\n(import torch\nfrom diffusers.*?)^```",
+                   (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)[1]
 PROMPTS = ["a dog runs over the grass", "two people on a beach"]
 UNET = dict(PRESETS["standard"].unet, block_out_channels=[16, 32], layers_per_block=1,
             norm_num_groups=8, attention_head_dim=4)
@@ -80,7 +84,7 @@ def pipeline(tmp_path, monkeypatch, clip, vae):
             DDIMScheduler(T, clip_sample=False, steps_offset=1, timestep_spacing="trailing",
                           **noise), None, None,
             requires_safety_checker=False).save_pretrained("my_pipeline")
-        exec(readme_block("DiffusionPipeline"), {})
+        exec(RECIPE, {})
         return unet.state_dict()
 
     monkeypatch.chdir(tmp_path)

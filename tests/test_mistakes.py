@@ -24,17 +24,17 @@ VALUES = {
     "batch-size 0, batch-size 9999, accumulation 0, accumulation 7, lr nan, warmup-steps -1, "
     "lr-schedule linear, adam-betas 1 2, weight-decay -1, max-grad-norm 0, min-snr-gamma 0.5, "
     "min-snr-gamma nan, snr-floor -1, ema-decay 1, seed -1, seed 0.5, amp 8, device cuda, "
-    "name a/b, max-steps 0, time-limit -3, save-every 0, save-minutes nan, keep-last 0, "
+    "max-steps 0, time-limit -3, save-every 0, save-minutes nan, keep-last 0, "
     "sample-every -1, log-every 0, resolution 30, resolution 36, image-channels 2, caption-dropout "
     "2, token-length 80, pixel-unshuffle 0, num-train-timesteps 100, beta-schedule flat, "
     "text-encoder {vae}, prediction-type x, zero-terminal-snr --prediction-type epsilon, "
     "cache-latents, dota 1",
-    DRAW: "steps 0, steps 1001, images-per-prompt 0, guidance-scale -1, guidance-scales 1 nan, "
+    DRAW: "steps 0, steps 1001, images-per-prompt 0, guidance-scale -1, guidance-scales 1 1e9, "
     "guidance-rescale 2, eta 2, eta 0.5 --sampler ddpm, sampler euler, seed -1, batch-size 0, "
     "weights best, vae {vae}, device cuda, export {bad}/x, output {bad}/old",
-    JUDGE: "num-images 1, guidance-scales -1, steps 0, metrics fid --num-images 100, "
+    JUDGE: "num-images 1, guidance-scales -1, steps 0, metrics fid --num-images 100, data no, "
     "metrics clips, inception-layer 7, reference none, val-fraction 2, metrics accuracy --data "
-    "{photos}, inception-weights no --metrics kid, clip-model no --metrics clip"}
+    "{photos}, inception-weights {bad}/not.zip --metrics fid, clip-model no --metrics clip"}
 MISTAKES = {f"{given}--{value}": f"--{value.split()[0]}" for given, values in VALUES.items()
             for value in values.split(", ")} | {   # ... and here another one
     OWN: "--text-encoder", OWN + "--text-encoder {clip}": "--vae",
@@ -53,7 +53,7 @@ MISTAKES = {f"{given}--{value}": f"--{value.split()[0]}" for given, values in VA
     "train --init-from {run} --data {photos}": "--init-from",
     "sample --prompts a": "--checkpoint", "sample --checkpoint {run}": "--prompts",
     "sample --checkpoint {bad}/empty --prompts a": "{bad}/empty", DRAW + "--prompt-file no": "'no'",
-    "evaluate --metrics kid": "--checkpoint", "evaluate --checkpoint {bad}/diverged": "--amp"}
+    "evaluate --metrics fid": "--checkpoint", "evaluate --checkpoint {bad}/diverged": "--amp"}
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +99,7 @@ def test_a_mistake_is_said_once(tmp_path, flag, processes):
 
 
 def test_mistakes_of_torchruns_flags(monkeypatch):
-    """--max-restarts is refused where a restart would begin anew, or meet at the store in which the
-    dead have left their addresses, and --nproc_per_node where there are fewer GPUs."""
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    for store, given in (("1", {}), ("0", dict(folder="nowhere"))):
-        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", store)
-        with pytest.raises(ValueError, match="--max-restarts"):
-            train.settle(given)
+    """--nproc_per_node is refused where there are fewer GPUs."""
     for name, value in (("device_count", 1), ("is_available", True)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import warnings
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,16 +16,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 import data
-import evaluate
 import sample
-from conftest import ROOT, Job, errors, launch, run_ok
+from conftest import ROOT, Job, run_ok
 from models import PRESETS, ImageCodec, ModelConfig, TextEncoder, load_model, with_words
 from sample import SAMPLERS, generate, guided_denoiser, rescale_guidance, to_uint8
 from tiny_networks import make_vae
 
-PROMPTS = ["a small red circle on a white background", "a large blue square on a black background",
-           "a small pink cross on a gray background", "a large cyan triangle on a white background",
-           "a small grey Heart, red"]
+PROMPTS = [scene.caption for scene in data.SCENES[::48]] + ["a small grey Heart, red"]
 
 
 @pytest.fixture
@@ -70,7 +66,7 @@ def test_an_interrupted_call_goes_on(run, tmp_path, monkeypatch):
         job.until(lambda: len(list(a.glob("0*.png"))) > 3)
     before = {path: path.stat().st_mtime_ns for path in a.glob("0*.png")}
     assert 3 < len(before) < 40
-    assert "grey, heart: not among" in run_ok("sample.py", *flags, a, processes=2).stderr
+    assert "heart: not among" in run_ok("sample.py", *flags, a, processes=2).stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
     run_ok("sample.py", *flags, b)
     for name in [*(f"{i:05d}" for i in range(40)), "grid", "guidance", "steps"]:
@@ -83,8 +79,6 @@ def test_an_interrupted_call_goes_on(run, tmp_path, monkeypatch):
             monkeypatch.setattr(data, "hash_of_code", lambda: "edited")
         with pytest.raises(ValueError, match="^--output"):
             sample.main([*map(str, [*flags, a, *more])])
-    done = launch("sample.py", *flags, a, "--eta", 1)
-    assert done.returncode == 2 and errors(done.stderr)[0].startswith("error: --eta 1")
 
 
 def test_the_way_from_noise_to_picture(model):
@@ -93,10 +87,9 @@ def test_the_way_from_noise_to_picture(model):
     noise = data.counter_rng("sampling", 7, 0).standard_normal(
         (1, *model.codec.latent_shape), dtype=np.float32)
     pictures, states = generate(model, PROMPTS[:1], seed=7, steps=5, trajectory=True)
-    first = to_uint8(model.codec.decode(torch.from_numpy(noise)))
     assert [state.shape for state in states] == [(2, *pictures.shape)] * 5
-    assert difference(states[0][0, 0], first[0]) <= 1
-    assert torch.equal(states[-1][1], pictures)
+    first = to_uint8(model.codec.decode(torch.from_numpy(noise)))
+    assert difference(states[0][0], first) <= 1 and torch.equal(states[-1][1], pictures)
 
 
 def test_guidance_is_uncond_plus_s_times_the_difference(model):
@@ -127,50 +120,22 @@ def test_guidance_is_uncond_plus_s_times_the_difference(model):
     ("red", dict(negative_prompt="blue", guidance_scale=1), "--negative-prompt"),
     ("red", dict(guidance_rescale=0.5, guidance_scale=1), "--guidance-rescale"),
     ("red", dict(), "caption dropout"), ("red " * 14, dict(guidance_scale=1), None)])
-def test_what_has_no_effect_is_said(model, prompt, how, words):
+def test_what_has_no_effect_is_said(model, recwarn, prompt, how, words):
     """A warning for text beyond the model's 16 tokens, which hold 14 words, for flags that do
     nothing without guidance, and for guidance of a model that knows no empty caption."""
     if words == "caption dropout":
         model.config = replace(model.config, caption_dropout=0.0)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        generate(model, [prompt], steps=1, **how)
-    assert [words in str(warning.message) for warning in said] == ([True] if words else [])
-
-
-@pytest.mark.parametrize("call, named", [
-    ("sample --checkpoint no", "checkpoint no"), ("sample --checkpoint x.csv", "checkpoint x.csv"),
-    ("sample --prompt-file no", "no"), ("sample --export x", "--export x"),
-    ("sample --steps 1001", "--steps"), ("sample --eta 2", "--eta"),
-    ("sample --eta 0.5 --sampler ddpm", "--eta"), ("sample --sampler x", "--sampler"),
-    ("sample --guidance-scale nan", "--guidance-scale"), ("sample --seed -1", "--seed"),
-    ("sample --guidance-scales 1 1e9", "--guidance-scales"), ("evaluate --steps 0", "--steps"),
-    ("sample --guidance-rescale 7", "--guidance-rescale"), ("evaluate --data no", "--data no"),
-    ("sample --batch-size 0", "--batch-size"), ("evaluate --num-images 1", "--num-images"),
-    ("evaluate --metrics kid --inception-weights x.csv", "--inception-weights x.csv"),
-    ("evaluate --metrics clip --clip-model no", "--clip-model no"),
-    ("evaluate --num-images 99 --metrics fid --inception-weights not/looked/for", "--metrics fid")])
-def test_mistakes_are_one_line(run, tmp_path, monkeypatch, call, named):
-    """A mistake is an error of the kinds that end a script with exit code 2 and one line, which
-    names the flag; nothing is left."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.csv").write_text("neither checkpoint nor weights")
-    script, *flags = call.split()
-    argv = ["--checkpoint", str(run), "--device", "cpu", "--output", "out", *flags]
-    with pytest.raises((ValueError, OSError)) as caught:
-        evaluate.main(argv) if script == "evaluate" else sample.main([*argv, "--prompts", "red"])
-    assert named in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    generate(model, [prompt], steps=1, **how)
+    said = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+    assert [words in text for text in said] == ([True] if words else [])
 
 
 def test_what_would_draw_nonsense_is_refused(model):
-    """A call without prompts; in Python too settings out of range, a text in place of a list, and
-    weights whose activations overflow in float16, where black pictures would come out."""
-    for call, named in ((lambda: sample.main(["--checkpoint", "x"]), "no prompts"),
-                        (lambda: generate(model, PROMPTS, eta=2.0), "--eta 2.0"),
-                        (lambda: generate(model, "a red circle"), "prompts 'a red circle'")):
+    """In Python too: settings out of range, a text in place of a list, and weights whose
+    activations overflow in float16, where black pictures would come out."""
+    for prompts, how, named in ((PROMPTS, dict(eta=2.0), "--eta"), ("red", {}, "prompts 'red'")):
         with pytest.raises(ValueError, match=f"^{named}"):
-            call()
+            generate(model, prompts, **how)
     model.unet.conv_in.weight.data *= 1e6
     assert generate(model, PROMPTS[:1], steps=1).float().std() > 0
     with pytest.raises(FloatingPointError, match="^--amp torch.float16"):
@@ -185,11 +150,8 @@ def test_vae_scaling_comes_from_its_config(tmp_path, shift):
     codec = ImageCodec(ModelConfig(vae=str(tmp_path), resolution=16))
     vae = AutoencoderKL.from_pretrained(folder).requires_grad_(False)
     images, posterior_eps = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 4, 8, 8)
-    posterior = vae.encode(images).latent_dist
-    raw = posterior.mean + posterior.std * posterior_eps
-    mean, std = codec.moments(images)
-    x_0 = mean + std * posterior_eps
-    assert x_0.shape[1:] == codec.latent_shape
+    posterior, (mean, std) = vae.encode(images).latent_dist, codec.moments(images)
+    raw, x_0 = posterior.mean + posterior.std * posterior_eps, mean + std * posterior_eps
     torch.testing.assert_close(x_0, (raw - (shift or 0)) * 0.37)
     torch.testing.assert_close(codec.decode(x_0), vae.decode(raw).sample.clamp(-1, 1),
                                rtol=1e-4, atol=1e-4)
@@ -231,16 +193,15 @@ def test_builtin_text_encoder_is_always_the_same():
     assert len(features.unique(dim=0)) == 3 and torch.equal(features[0], features[1])
 
 
-# What users have in place of a network, made of the file of weights in its folder.
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+# What users have in place of a network, made of the file of weights in its folder.
 DAMAGED = {
     "pointer": lambda file: file.write_text(POINTER),
     "half": lambda file: file.write_bytes(file.read_bytes()[:-999]),
     "fp16": lambda file: file.rename(file.with_suffix(".fp16.safetensors")),
     "config": lambda file: file.with_name("config.json").write_text(POINTER),
     "other": lambda file: save_file({"a": torch.ones(1)}, file, dict(format="pt")),
-    "file": lambda file: file.rename(file.with_suffix("")),
-    "nothing": lambda file: shutil.rmtree(file.parent)}
+    "file": lambda file: None, "nothing": lambda file: shutil.rmtree(file.parent)}
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -250,12 +211,12 @@ def test_networks_that_cannot_be_loaded(tmp_path, clip, vae, flag, make, damage)
     network's weights, one file in place of a folder, a name that is nowhere: one line with the flag
     and the place, whatever the libraries raise."""
     place = shutil.copytree(vae if flag == "--vae" else clip, tmp_path / "network")
-    DAMAGED[damage](next(place.glob("*.safetensors")))
-    if damage == "file":
-        place, = place.glob("*[!.json]")
+    file, = place.glob("*.safetensors")
+    DAMAGED[damage](file)
+    name = str(file if damage == "file" else place)
     with pytest.raises(FileNotFoundError if damage == "nothing" else ValueError) as caught:
-        make(ModelConfig(resolution=16, vae=str(place), text_encoder=str(place)))
-    assert str(caught.value).startswith(f"{flag} {place}: ") and "\n" not in str(caught.value)
+        make(ModelConfig(resolution=16, vae=name, text_encoder=name))
+    assert str(caught.value).startswith(f"{flag} {name}: ") and "\n" not in str(caught.value)
     assert damage != "fp16" or "fp16 in" in str(caught.value)
 
 
