@@ -20,6 +20,7 @@ import re
 import textwrap
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -234,7 +235,10 @@ def make_grid(pictures, captions=None, columns=None):
     at most four lines; small ones are enlarged."""
     cell = pictures.shape[-1] * max(1, round(128 / pictures.shape[-1]))
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows, gap, line, font = math.ceil(len(pictures) / columns), 8, 14, ImageFont.load_default(12)
+    rows, gap, line = math.ceil(len(pictures) / columns), 8, 14
+    font = ImageFont.load_default(12)   # ASCII alone
+    with suppress(OSError):   # where the machine has this
+        font = ImageFont.truetype("DejaVuSans.ttf", 12)
     wrapped = [textwrap.wrap(caption, max(5, cell // 7), max_lines=4, placeholder=" ...")
                for caption in captions or [""] * len(pictures)]
     # From one picture to the next.
@@ -335,7 +339,7 @@ def parse_args(argv=None):
     add("--prompt-file", help="a text file with one prompt per line")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt")
     add("--guidance-scale", type=float, default=DEFAULTS["guidance_scale"], help="s; 1 is off")
-    add("--guidance-scales", type=float, nargs="+", help="also a sheet of all prompts at these")
+    add("--guidance-scales", type=float, nargs="+", default=[], help="also a sheet of these")
     add("--steps-strip", action="store_true", help="also the first picture's way from noise")
     add("--output", type=Path, help="the pictures' folder (default: samples_TIME in the run's)")
     add("--export", type=Path, help="write the model as a pipeline of diffusers, into this folder")
@@ -395,16 +399,15 @@ def main(argv=None):
     output = gather(args.output or run / time.strftime("samples_%Y%m%d_%H%M%S"))[0]
     output.mkdir(parents=True, exist_ok=True)
     paths = draw_into(output, model, prompts, **how)
-    scales = args.guidance_scales or []
     columns = [generate_sharded(model, args.prompts, **how | dict(guidance_scale=scale))
-               for scale in scales]
+               for scale in args.guidance_scales]
     if not is_main:
         return
     first = np.stack([np.atleast_3d(Image.open(path)) for path in paths[:100]])
     sheets = dict(grid=make_grid(torch.from_numpy(first).permute(0, 3, 1, 2), prompts[:100]))
     if columns:
-        labels = [f"s = {scale:g}: {prompt}" for prompt in args.prompts for scale in scales]
-        sheets["guidance"] = make_grid(torch.stack(columns, 1).flatten(0, 1), labels, len(scales))
+        labels = [f"s = {s:g}: {prompt}" for prompt in args.prompts for s in args.guidance_scales]
+        sheets["guidance"] = make_grid(torch.stack(columns, 1).flatten(0, 1), labels, len(columns))
     if args.steps_strip:
         sheets["steps"] = make_strip(model, prompts[0], **how)
     for name, sheet in sheets.items():
