@@ -110,7 +110,7 @@ def validate(model, loader, dtype, parts=5):
             sums.index_add_(1, batch["t"] * parts // T,
                             torch.stack([error, torch.ones_like(error)]))
     dist.all_reduce(sums)
-    tags = ["epoch/validation_loss"] + [
+    tags = ["loss/validation"] + [
         f"validation_by_t/{k * T // parts:04d}-{(k + 1) * T // parts:04d}" for k in range(parts)]
     sums = torch.cat([sums.sum(dim=1, keepdim=True), sums], dim=1)
     return {tag: error / count for tag, (error, count) in zip(tags, sums.T.tolist()) if count}
@@ -121,7 +121,7 @@ def finish_epoch(args, state, model, val_loader, prompts, dtype, writer, folder,
     A request to stop leaves out what is not done yet."""
     averaged = copy.copy(model)
     averaged.unet = state.ema
-    values, images = {"epoch/loss": state.epoch_losses[-1]}, {}
+    values, images = {"loss/epoch": state.epoch_losses[-1]}, {}
     draws = args.sample_every and state.epoch % args.sample_every == 0
     with tolerate(data.SPARED, "validation or samples left out"):
         found = validate(averaged, takewhile(lambda _: not stop.look(), val_loader), dtype)
@@ -136,8 +136,8 @@ def finish_epoch(args, state, model, val_loader, prompts, dtype, writer, folder,
                 images["denoising"] = make_strip(averaged, prompts[0], **how)
     if not writer:
         return
-    said = [f"{tag[6:].replace('_', ' ')} {value:.5f}" for tag, value in values.items()
-            if tag.startswith("epoch/")]
+    names = {"loss/epoch": "loss", "loss/validation": "validation loss"}
+    said = [f"{names[tag]} {values[tag]:.5f}" for tag in names if tag in values]
     tqdm.write(f"epoch {state.epoch}: {', '.join(said)}")
     with tolerate(OSError, "curves and samples could not be written", writer):
         for tag, value in values.items():
@@ -411,9 +411,6 @@ def prepare_network(args, unet, device):
 
 # The run folder
 
-FINISHED = "finished"   # in the file `stop`
-
-
 def known_folder(given):
     """The folder of --folder, or of the run to resume, or None for a run that makes its own."""
     if given.get("folder") or not given.get("resume"):
@@ -464,7 +461,7 @@ def open_run_folder(folder, record, step, said, keeps_stop):
     `stop` that a user has made already, as is right for jobs that start by themselves. One of a
     finished run goes."""
     with suppress(FileNotFoundError):
-        if not keeps_stop or (folder / "stop").read_text() == FINISHED:
+        if not keeps_stop or (folder / "stop").read_text() == "finished":
             (folder / "stop").unlink()
     writer = SummaryWriter(folder, purge_step=step + 1)
     text = json.dumps(dict(model=record["config"], args=record["args"]), indent=1)
@@ -513,7 +510,7 @@ def print_start(args, model, source, order, counts, folder, checkpoint, dtype):
         "networks": f"text encoder {config.text_encoder}, VAE {config.vae}",
         "tokens": f"{config.token_length} a caption; {cut:,} captions are cut",
         "precision": f"{dtype} autocast, float32 weights" if dtype else "float32"}
-    text = "\n".join(f"{key:>14}  {value}" for key, value in rows.items())
+    text = "\n".join(f"{key:>14}  {value}" for key, value in rows.items() if value)
     if dist.get_rank() == 0:
         print(text, flush=True)
     return text
@@ -524,7 +521,7 @@ def end_run(args, state, folder, writer, prompt):
     with tolerate(OSError, "curves could not be written"):
         by = f", by {folder}/stop" if (folder / "stop").exists() else ""
         if state.epoch == args.epochs or state.step >= (args.max_steps or math.inf):
-            (folder / "stop").write_text(FINISHED)   # for whoever would start this again
+            (folder / "stop").write_text("finished")   # for whoever would start this again
         writer.close()
     if state.epoch < args.epochs:
         print(f"stopped after {state.step} steps{by}; to go on: train.py --resume {folder}")
@@ -561,10 +558,10 @@ class StepLog:
         loss, norm = (loss / made, norm / made) if made else (math.nan, math.nan)
         done = (state.step - self.step) * self.batch_size
         speed = done / (time.perf_counter() - self.since)
-        values = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": lr,
+        values = {"loss/train": loss, "train/grad_norm": norm, "train/learning_rate": lr,
                   "train/skipped": skipped, "speed/images_per_second": speed}
         if torch.cuda.is_initialized():
-            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["speed/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         with tolerate(OSError, "curves could not be written"):
             for tag, value in values.items() if self.writer else ():
                 self.writer.add_scalar(tag, value, state.step)
@@ -643,7 +640,7 @@ class TrainingConfig:
 
 # What suits a preset better than the defaults above, which are the standard preset's.
 TRAINING_PRESETS = {
-    "tiny": dict(epochs=12, batch_size=32, lr=1e-3, warmup_steps=200, lr_schedule="decay",
+    "tiny": dict(epochs=9, batch_size=16, lr=1e-3, warmup_steps=200, lr_schedule="decay",
                  ema_decay=0.998, adam_betas=(0.9, 0.99)),   # with 0.999 the loss may leap
     "large": dict(batch_size=256, lr=1e-4, warmup_steps=5000, lr_schedule="constant")}
 

@@ -170,7 +170,7 @@ def what_it_left(args, folder, device, steps_before):
     reading, saving = time.perf_counter() - start, TriedState.seconds
     steps_per_epoch = payload["train_images"] // args.batch_size
     events = EventAccumulator(str(folder)).Reload()
-    if "epoch/loss" not in events.Tags()["scalars"]:
+    if "loss/epoch" not in events.Tags()["scalars"]:
         raise ValueError("preflight: stopped before the end of the short epoch")
 
     def logged(tag):   # the first epoch's values, also where it has fewer steps
@@ -180,11 +180,11 @@ def what_it_left(args, folder, device, steps_before):
     speed = np.median(logged("speed/images_per_second")[-2:])
     seconds = args.batch_size / speed
     # The last alone: in float16 the first updates may be skipped, until the scale fits.
-    yield "steps", math.isfinite(logged("train/loss")[-1]), (
+    yield "steps", math.isfinite(logged("loss/train")[-1]), (
         f"{seconds:.3f} s at batch {args.batch_size}, {speed:.0f} images/s")
 
     if device.type == "cuda":
-        in_step, at_end = logged("memory/peak_gib")[-1], torch.cuda.max_memory_allocated() / 2**30
+        in_step, at_end = logged("speed/peak_gib")[-1], torch.cuda.max_memory_allocated() / 2**30
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         yield "memory", at_end < 0.95 * total, (
             f"peak {in_step:.1f} GiB in a step, {at_end:.1f} at an epoch's end, of {total:.1f}")

@@ -33,7 +33,7 @@ def files(pictures):
 
 
 def losses(run):
-    return [*scalars(run, "train/loss").values(), *scalars(run, "epoch/validation_loss").values()]
+    return [*scalars(run, "loss/train").values(), *scalars(run, "loss/validation").values()]
 
 
 def test_moments_are_the_codec_s(pictures, vae, tmp_path):

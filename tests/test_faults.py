@@ -224,8 +224,8 @@ def test_validation_and_samples_may_fail(tmp_path, flags):
     done = run_ok("train.py", *flags, "--epochs", 4, "--sample-every", 1, "--folder", "run",
                   processes=2, cwd=tmp_path, patch=SPARED)
     assert re.findall(r"left out \((\d)\)", done.stderr) == ["1", "2", "3"]
-    assert [*scalars(tmp_path / "run", "epoch/loss")] == [2, 4, 6, 8]
-    assert [*scalars(tmp_path / "run", "epoch/validation_loss")] == [4, 6, 8]
+    assert [*scalars(tmp_path / "run", "loss/epoch")] == [2, 4, 6, 8]
+    assert [*scalars(tmp_path / "run", "loss/validation")] == [4, 6, 8]
     assert [path.stem[-1] for path in tmp_path.rglob("samples*")] == ["4"]
 
 

@@ -49,7 +49,7 @@ def patched(folder, patch):
 
 
 def losses(run, count=10):
-    assert len(found := scalars(run, "train/loss")) == count
+    assert len(found := scalars(run, "loss/train")) == count
     return found
 
 

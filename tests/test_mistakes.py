@@ -25,7 +25,7 @@ VALUES = {
     "lr-schedule linear, adam-betas 1 2, weight-decay -1, max-grad-norm 0, min-snr-gamma 0.5, "
     "min-snr-gamma nan, snr-floor -1, ema-decay 1, seed -1, seed 0.5, amp 8, device cuda, "
     "max-steps 0, time-limit -3, save-every 0, save-minutes nan, keep-last 0, "
-    "sample-every -1, log-every 0, resolution 30, resolution 36, image-channels 2, caption-dropout "
+    "sample-every -1, log-every 0, resolution 30, resolution 31, image-channels 2, caption-dropout "
     "2, token-length 80, pixel-unshuffle 0, num-train-timesteps 100, beta-schedule flat, "
     "text-encoder {vae}, prediction-type x, zero-terminal-snr --prediction-type epsilon, "
     "cache-latents, dota 1",

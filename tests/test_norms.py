@@ -25,7 +25,7 @@ def with_own_norms(unet):
 
 def make_inputs(batch=4):
     torch.manual_seed(0)
-    return torch.randn(batch, 48, 8, 8), torch.arange(batch), torch.randn(batch, 16, 64)
+    return torch.randn(batch, 12, 16, 16), torch.arange(batch), torch.randn(batch, 16, 64)
 
 
 def update(unet, dtype=None):

@@ -155,7 +155,7 @@ assert_close(model.schedule.alphas_cumprod[:-1], ((s[-1] - s) / (s[-1] - s[0]))[
 own, ddim = (sample.generate(model, ["red"], steps=9, sampler=name) for name in ("own", "ddim"))
 assert_close(own, ddim, rtol=0, atol=1)
 t, caption = torch.tensor([5, 300, 700, 999]), ["red", "blue", "", "a"]
-batch = dict(moments=torch.rand(4, 2, 48, 4, 4), t=t, eps=torch.randn(4, 48, 4, 4), caption=caption)
+batch = dict(moments=torch.rand(4, 2, 12, 8, 8), t=t, eps=torch.randn(4, 12, 8, 8), caption=caption)
 output, target = train.predict(model.unet, model, batch)
 error = (output - target).abs()
 huber = torch.where(error < 1, error**2 / 2, error - 0.5).mean(dim=(1, 2, 3))

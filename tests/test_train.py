@@ -96,7 +96,7 @@ def test_validation_by_timestep(monkeypatch):
     errors = np.array([torch.nn.functional.mse_loss(*train.predict(model.unet, model, batch)).item()
                        for batch in one_by_one])
     expected = {f"validation_by_t/{low:04d}-{low + 200:04d}": errors[t // 200 == low / 200].mean()
-                for low in range(0, 1000, 200)} | {"epoch/validation_loss": errors.mean()}
+                for low in range(0, 1000, 200)} | {"loss/validation": errors.mean()}
     monkeypatch.setattr(train, "diffusion_loss", None)
     assert train.validate(model, batches, None) == pytest.approx(expected, rel=1e-4)
 
@@ -105,7 +105,8 @@ def test_validation_by_timestep(monkeypatch):
 def plain_loop(photos, dropout):
     """Ten updates of two micro-batches written out, one network at a time: (curves and weights, the
     first weights)."""
-    source, scheduler = data.CaptionedImages(photos), diffusers.DDPMScheduler()
+    source = data.CaptionedImages(photos)
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     config = replace(CONFIG, unet=CONFIG.unet | dict(dropout=dropout), builtin_words=[])
     torch.manual_seed(0)
     model = Model(with_words(config, source.texts))
@@ -124,7 +125,7 @@ def plain_loop(photos, dropout):
             seeds.add(seed)
             batch = default_collate([samples[key] for key in keys])
             pictures = torch.tensor(np.stack([source.image(i, 3, 16) for *_, i in keys]))
-            x_0 = torch.pixel_unshuffle(pictures.permute(0, 3, 1, 2) / 127.5 - 1, 4)
+            x_0 = torch.pixel_unshuffle(pictures.permute(0, 3, 1, 2) / 127.5 - 1, 2)
             x_t = scheduler.add_noise(x_0, batch["eps"], batch["t"])
             tokens = model.text_encoder.tokenizer(batch["caption"], padding="max_length",
                                                   max_length=16).input_ids
@@ -143,7 +144,7 @@ def plain_loop(photos, dropout):
         for name, p in model.unet.named_parameters():
             ema[name] += (1 - min(0.3, (1 + step) / (10 + step))) * (p.detach() - ema[name])
     assert len(seeds) == 20   # no two masks are the same
-    return {"train/loss": losses, "train/grad_norm": norms, "unet": model.unet.state_dict(),
+    return {"loss/train": losses, "train/grad_norm": norms, "unet": model.unet.state_dict(),
             "ema": ema}, start
 
 
@@ -161,7 +162,7 @@ def test_a_run_is_a_plain_loop(tmp_path, photos, flags, dropout, processes, more
            "--warmup-steps", 100, *more, "--folder", tmp_path / "run", processes=processes,
            patch=DROPOUT if dropout else "")
     (expected, start), ours = plain_loop(photos, dropout), newest(tmp_path / "run")
-    for tag, rel in (("train/loss", tolerance), ("train/grad_norm", 10 * tolerance)):
+    for tag, rel in (("loss/train", tolerance), ("train/grad_norm", 10 * tolerance)):
         assert scalars(tmp_path / "run", tag) == pytest.approx(expected[tag], rel=rel)
     for key in ("unet", "ema"):
         assert ours[key].keys() == start.keys()
@@ -206,7 +207,7 @@ def test_resume_is_exact(tmp_path, photos, flags, clip, vae, processes, is_old):
     assert a["step"] == 20 and len(a["epoch_losses"]) == 4 and a["config"]["unet"]["dropout"]
     for key in ("step", "unet", "ema", "optimizer", "scaler", "epoch_losses"):
         assert_same(a[key], b[key])
-    for tag in ("train/loss", "train/grad_norm", "epoch/loss", "epoch/validation_loss"):
+    for tag in ("loss/train", "train/grad_norm", "loss/epoch", "loss/validation"):
         assert scalars(whole, tag) == scalars(stopped, tag)
     captions.write_text(captions.read_text().replace("dog", "cat", 1))
     assert "warning: --data" in run_ok("train.py", "--resume", stopped).stderr
@@ -352,8 +353,8 @@ def test_a_stop_leaves_out_validation_and_grid(tmp_path, flags):
     assert 1 <= done.stdout.count("validates") <= 6
     path, = checkpoints(run)
     assert newest(path)["epoch"] == 1 and newest(path)["step_in_epoch"] == 0
-    assert not list(run.glob("samples*")) and len(scalars(run, "epoch/loss")) == 1
-    assert not scalars(run, "epoch/validation_loss")
+    assert not list(run.glob("samples*")) and len(scalars(run, "loss/epoch")) == 1
+    assert not scalars(run, "loss/validation")
 
 
 # Other data, other beginnings
@@ -392,7 +393,7 @@ def test_training_goes_on_from_another_run(tmp_path, flags):
     samples = make_samples(data.CaptionedImages(other), model)
     batch = next(iter(data.make_loader(samples, GlobalOrder(np.arange(12), 4))))
     expected = train.diffusion_loss(model.unet, model, batch, 5.0, 1.0).mean().item()
-    assert scalars(run, "train/loss")[1] == pytest.approx(expected, rel=1e-4)
+    assert scalars(run, "loss/train")[1] == pytest.approx(expected, rel=1e-4)
     assert newest(run)["config"] == newest(start)["config"]
     assert all(moments["step"] == 2 for moments in newest(run)["optimizer"]["state"].values())
     given = train.parse_flags(["--init-from", start, "--resolution", 18])
