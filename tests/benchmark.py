@@ -68,8 +68,7 @@ def gib():
         torch.cuda.reset_peak_memory_stats()
         return peak
     pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
-    text = "".join(path.read_text() for pid in pids
-                   for path in Path("/proc").glob(f"{pid}/smaps_rollup"))
+    text = "".join(p.read_text() for pid in pids for p in Path("/proc").glob(f"{pid}/smaps_rollup"))
     return sum(map(int, re.findall(r"\nPss: +(\d+)", text))) / 2**20
 
 
@@ -254,8 +253,8 @@ def processes(folder, steps=20):
     with (real_run(folder / "one", steps, **thread) as one,
           real_run(folder / "two", steps, ranks=2, **thread) as two):
         alone, shared, whole, half = alternate(one, two, *(
-            partial(bare.measure, images) for images in (32, 16)))[:, 0]
-    yield "images/s of 1, 2", "{:.4g}, {:.4g}".format(32 * steps / alone, 32 * steps / shared), ""
+            partial(bare.measure, images) for images in (16, 8)))[:, 0]
+    yield "images/s of 1, 2", "{:.4g}, {:.4g}".format(16 * steps / alone, 16 * steps / shared), ""
     yield "2 / 1", alone / shared, ">= 1.6"
     yield "bare step of the whole batch / of half of it", whole / half, ""
 
@@ -383,7 +382,7 @@ def default(folder):
         start = now()
         lines = script(name, *flags).splitlines()
         yield f"{name}: seconds", now() - start, ""
-        yield from ((name, line, "") for line in lines if re.match("epoch|guidance", line))
+        yield from ((name, line, "") for line in lines if re.match(r"epoch|guidance|  \d", line))
 
 
 SECTIONS = {f.__name__: f for f in (loop, switches, processes, sampling, evaluation, index)}
@@ -394,8 +393,6 @@ GPU = {f"{preset}_{images}": (limit, partial(updates, preset, images, ways))
            ("standard", 512, 120, WAYS[:4]), ("large", 32, 120, WAYS[:4]))}
 GPU |= dict(tests=(180, tests), large_most=(130, partial(updates, "large", None, WAYS[2:3])),
             sampling=(100, sampling), default=(150, default))
-GPU |= {f"{preset}_{images}_last": (120, partial(updates, preset, images, WAYS[2::2]))
-        for preset, images in (("standard", 64), ("standard", 512), ("large", 32))}
 PARTS = {name: (3600, section) for name, section in SECTIONS.items()} | GPU
 
 

@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_flatten
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"   # else forked processes cannot use a GPU
 if "PYTEST_XDIST_WORKER" in os.environ:   # two that compute on all cores slow each other down
-    cores, number = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"][2:])
-    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, cores[number % len(cores)::count])
+    cores, k = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"][2:])
+    os.sched_setaffinity(0, cores[k % len(cores)::int(os.environ["PYTEST_XDIST_WORKER_COUNT"])])
 
 import preloaded  # noqa: E402
 from data import setup_processes  # noqa: E402

@@ -142,8 +142,7 @@ def test_answers_are_counted_by_attribute():
         asked = [data.Scene(*(theirs[k] if k in changed else own[k] for k in range(4)))
                  for own, theirs in zip(words, others)]
         right = [right for _, right, _ in evaluate.read_answers(images, asked)]
-        assert np.mean(right, axis=0).tolist() == [k not in changed for k in range(4)] + [
-            not changed]
+        assert np.mean(right, 0).tolist() == [*(k not in changed for k in range(4)), not changed]
 
 
 def test_accuracy_report_counts_groups_apart():
@@ -154,8 +153,7 @@ def test_accuracy_report_counts_groups_apart():
     trained, others = evaluate.accuracy_report(evaluate.read_answers(images, SCENES)).values()
     assert trained["images"] == (~held_out).sum() and others["images"] == held_out.sum()
     assert trained["all"]["share"] == 1 and others["all"]["share"] == 0
-    distances = [evaluate.read_picture(image.permute(1, 2, 0).numpy())[1]
-                 for image in images[~held_out]]
+    distances = [evaluate.read_picture(x.permute(1, 2, 0).numpy())[1] for x in images[~held_out]]
     assert trained["rms"]["p90"] == np.quantile(distances, 0.9) < others["rms"]["median"]
 
 

@@ -24,9 +24,8 @@ KILLS, EPOCHS = int(os.environ.get("KILLS", 6)), os.environ.get("EPOCHS", "12")
 def wait_for(ranks, seconds, happens=lambda: False):
     """Until it happens, all have ended or so many seconds have passed; returns those that live."""
     deadline = time.monotonic() + seconds
-    while (alive := [rank for rank in ranks if rank.exitcode is None]) and not happens():
-        if time.monotonic() > deadline:
-            break
+    while (alive := [rank for rank in ranks if rank.exitcode is None]) and not (
+            happens() or time.monotonic() > deadline):
         time.sleep(0.002)
     return alive
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,14 +16,14 @@ import evaluate
 import sample
 import train
 from conftest import ROOT, TINY, assert_same, checkpoints, errors, launch, run_ok, train_run
-from data import CaptionedImages
+from data import BuiltinShapes, CaptionedImages, split_images
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 # Not run here: the environment is what .ci/run makes, pytest would run this test again, and
 # TensorBoard serves until it is stopped.
-NOT_RUN = ("python3 -m venv", ". .venv", "pip install", "pytest", "tensorboard")
+NOT_RUN = ("npm", "python3 -m venv", ". .venv", "pip install", "pytest", "tensorboard")
 # What keeps a command short, by what it contains; a later flag wins over an earlier one.
 STEP = [*TINY, "--batch-size", "4", "--max-steps", "1", "--workers", "0", "--val-fraction", "0.2"]
 SHORT = {
@@ -40,7 +41,7 @@ def commands(language, block, folder):
     if language == "python":
         short, runs = re.subn(r"train\.main\(\[.*?\]\)", f"train.main({STEP})", block)
         (folder / "block.py").write_text(short + runs * AFTER_IT)
-        return [] if "load_dataset" in block else [f"python {folder / 'block.py'}"]
+        return [] if "ZipFile" in block else [f"python {folder / 'block.py'}"]
     lines = block.replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.split("   #")[0].split(" && ")]
     return [part for part in parts if part and not part.startswith(NOT_RUN)]
@@ -103,6 +104,13 @@ def test_the_recipe_for_hugging_face(tmp_path, kind):
     source = CaptionedImages(tmp_path / "my_data.zip")
     assert [source.captions(i) for i in range(20)] == texts
     assert [source.image(i, 1, 8).getpixel((4, 4)) for i in range(20)] == [*range(0, 180, 9)]
+
+
+def test_the_grid_is_the_first_commands():
+    """The prompts in samples.png, which it holds as text too, are those of the default run."""
+    source, image = BuiltinShapes(32), Image.open(ROOT / ".github" / "samples.png")
+    parts = np.array_split(split_images(source, 0.05)[1], 16)
+    assert image.info["prompts"].split("|") == [source.captions(part[0])[0] for part in parts]
 
 
 # Four changes: the file, what stands in the place, and what is put in before it or instead of it.
