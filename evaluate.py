@@ -330,8 +330,8 @@ def print_results(results):
     intervals, from the main rank."""
     for result in results if dist.get_rank() == 0 else ():
         figures = [f"{name} {result[name]:.5f}" for name in ("fid", "clip") if name in result]
-        print(f"guidance scale {result['guidance_scale']:g}: {', '.join(figures)}; "
-              f"{result['images_per_second']:.2f} images/s")
+        figures.append(f"{result['images_per_second']:.2f} images/s")
+        print(f"guidance scale {result['guidance_scale']:g}: {', '.join(figures)}")
         for group, report in result.get("accuracy", {}).items():
             shares = ["{} {:.1f}% ({:.1f}-{:.1f})".format(
                 name, *(100 * x for x in (report[name]["share"], *report[name]["interval"])))
