@@ -329,9 +329,8 @@ def print_results(results):
     """A line for each guidance scale, or for each of the two groups of built-in pictures, with 95%
     intervals, from the main rank."""
     for result in results if dist.get_rank() == 0 else ():
-        figures = [f"{name} {result[name]:.5f}" for name in ("fid", "clip") if name in result]
-        figures.append(f"{result['images_per_second']:.2f} images/s")
-        print(f"guidance scale {result['guidance_scale']:g}: {', '.join(figures)}")
+        print(f"guidance scale {result['guidance_scale']:g}:", ", ".join(
+            f"{k} {result[k]:.5g}" for k in ("fid", "clip", "images_per_second") if k in result))
         for group, report in result.get("accuracy", {}).items():
             shares = ["{} {:.1f}% ({:.1f}-{:.1f})".format(
                 name, *(100 * x for x in (report[name]["share"], *report[name]["interval"])))

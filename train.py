@@ -460,6 +460,9 @@ def open_run_folder(folder, record, step, said, keeps_stop):
     """The main rank's SummaryWriter; said: see print_start; keeps_stop: whether to obey a file
     `stop` that a user has made already, as is right for jobs that start by themselves. One of a
     finished run goes."""
+    # A disk fault in TensorBoard's thread reaches its next caller; the thread need not say it.
+    threading.excepthook = (lambda died: issubclass(died.exc_type, OSError)
+                            or threading.__excepthook__(died))
     with suppress(FileNotFoundError):
         if not keeps_stop or (folder / "stop").read_text() == "finished":
             (folder / "stop").unlink()
@@ -556,8 +559,7 @@ class StepLog:
             tqdm.write(f"warning: {skipped:.0f} of {steps} updates up to step {state.step} "
                        "skipped: loss or gradient not finite", file=sys.stderr)
         loss, norm = (loss / made, norm / made) if made else (math.nan, math.nan)
-        done = (state.step - self.step) * self.batch_size
-        speed = done / (time.perf_counter() - self.since)
+        speed = (state.step - self.step) * self.batch_size / (time.perf_counter() - self.since)
         values = {"loss/train": loss, "train/grad_norm": norm, "train/learning_rate": lr,
                   "train/skipped": skipped, "speed/images_per_second": speed}
         if torch.cuda.is_initialized():

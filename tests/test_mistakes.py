@@ -26,9 +26,9 @@ VALUES = {
     "min-snr-gamma nan, snr-floor -1, ema-decay 1, seed -1, seed 0.5, amp 8, device cuda, "
     "max-steps 0, time-limit -3, save-every 0, save-minutes nan, keep-last 0, "
     "sample-every -1, log-every 0, resolution 30, resolution 31, image-channels 2, caption-dropout "
-    "2, token-length 80, pixel-unshuffle 0, num-train-timesteps 100, beta-schedule flat, "
+    "2, token-length 80, pixel-unshuffle 0, beta-schedule flat, "
     "text-encoder {vae}, prediction-type x, zero-terminal-snr --prediction-type epsilon, "
-    "cache-latents, dota 1",
+    "num-train-timesteps 9 --beta-schedule linear, cache-latents, dota 1",
     DRAW: "steps 0, steps 1001, images-per-prompt 0, guidance-scale -1, guidance-scales 1 1e9, "
     "guidance-rescale 2, eta 2, eta 0.5 --sampler ddpm, sampler euler, seed -1, batch-size 0, "
     "weights best, vae {vae}, device cuda, export {bad}/x, output {bad}/old",

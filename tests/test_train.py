@@ -369,7 +369,7 @@ def test_own_pictures(tmp_path, flags, clip, vae, flag, value, T):
     run = train.main([
         *flags, "--text-encoder", clip, flag, value or vae, "--pixel-unshuffle", 4 if value else 1,
         "--num-train-timesteps", T, "--beta-schedule", "cosine" if T == 20 else "linear",
-        "--sample-every", 12, "--workers", 1, "--runs", tmp_path])
+        "--epochs", 12, "--sample-every", 12, "--workers", 1, "--runs", tmp_path])
     losses = newest(run)["epoch_losses"]
     assert len(losses) == 12 and np.mean(losses[-4:]) < 0.8 * np.mean(losses[:2])
     assert Image.open(run / "samples_epoch0012.png").width > 16
