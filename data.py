@@ -1055,7 +1055,7 @@ class CaptionedImages:
                 return use(file)
         except Exception as error:   # Pillow and zipfile raise a dozen kinds on damaged bytes
             if not os.path.exists(self.path) or getattr(error, "errno", None) in OUT_OF_REACH:
-                raise OSError(f"--data {self.path}: out of reach: {error}; then --resume") from None
+                raise OSError(f"--data {self.path}: out of reach: {error}; resume later") from None
             raise UnreadableImage(f"--data {self.path}: {self.names[i]!r} cannot be read as an "
                                   f"image: {error}") from None
 

@@ -222,7 +222,7 @@ class ModelConfig:
     unet: dict = field(default_factory=dict)            # keyword arguments of UNet2DConditionModel
     resolution: int = flag(256, "side of the square images, in pixels")
     image_channels: int = flag(3, "3: RGB; 1: greyscale, with --vae none", choices=(1, 3))
-    text_encoder: str = flag("openai/clip-vit-base-patch32", "a CLIP's, or builtin", type=place)
+    text_encoder: str = flag("openai/clip-vit-base-patch32", "hub id, folder, builtin", type=place)
     builtin_words: list = field(default_factory=list)   # vocabulary of --text-encoder builtin
     token_length: int = flag(77, "tokens per caption, padded or cut to this; 16 to 77")
     pooled_text: bool = flag(False, "add the mean token feature to the timestep embedding")

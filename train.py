@@ -609,8 +609,8 @@ class TrainingConfig:
     adam_betas: tuple = flag((0.9, 0.999), "AdamW's averages", type=float, nargs=2)
     weight_decay: float = flag(0.01, "AdamW's")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; inf: never")
-    min_snr_gamma: float = flag(5.0, "upper clamp of the SNR, the x_0 error's weight", type=or_none)
-    snr_floor: float = flag(None, "lower clamp; not given: 1, for epsilon none", type=or_none)
+    min_snr_gamma: float = flag(5.0, "x_0 error's weight: SNR up to this, or none", type=or_none)
+    snr_floor: float = flag(None, "and down to this; not given: 1, for epsilon none", type=or_none)
     ema_decay: float = flag(0.9999, "decay of the averaged weights")
     seed: int = flag(0, "of first weights, order, timesteps and noise")
 
