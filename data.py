@@ -442,7 +442,7 @@ class Parser(argparse.ArgumentParser):
 def run_main(main):
     """Run a script's main() and end the process. A user's mistake becomes one line from rank 0 and
     exit code 2, and no rank is left waiting."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", sys.stderr)
     code, rank = 0, int(os.environ.get("RANK", 0))
     try:
         main()
@@ -710,8 +710,8 @@ CAPTION_KEY = re.compile("(captions?|text|prompt|sentences?|raw|title|descriptio
 USUAL = re.compile("caption|metadata", re.IGNORECASE)
 LOST = ("rows whose image is not there, in several places or under two names, or that are broken: "
         "too few or too many columns, a stray quote")
-HOW = ("give --captions FILE, --caption-column NAME or --caption-template 'a photo of a {}', where "
-       "{} stands for an image's folder; without {} it is every image's caption, and '' is none; "
+HOW = ("put a.txt beside a.png, or give --captions FILE, --caption-column NAME, --caption-template "
+       "'a photo of a {}' ({} is an image's folder; without {} it is every image's caption); "
        "name a .zip itself, unpack a .tar.gz; for other kinds see README.md's recipe")
 
 

@@ -288,8 +288,8 @@ def choose_metrics(args, count):
     if "accuracy" in chosen and not has_key:
         raise ValueError("--metrics accuracy: is for models on the built-in pictures in colour")
     if "fid" in chosen and min(args.num_images, count) < int(args.inception_layer):
-        why = (f"needs {args.inception_layer} pictures, as many as features have dimensions, not "
-               f"{args.num_images} and {count}; add --num-images, --reference all")
+        why = (f"needs {args.inception_layer} pictures, not {args.num_images} and {count}, as "
+               "many as features; add --num-images, --reference all or --inception-layer 64")
         if args.metrics:
             raise ValueError(f"--metrics fid: {why}")
         if dist.get_rank() == 0:
@@ -347,19 +347,19 @@ def parse_args(argv=None):
     parser = data.Parser("Judge a model's pictures, or those of a folder.")
     add = parser.add_argument_group("judging").add_argument
     add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a file")
-    add("--data", help="source of prompts and reference, see train.py (default: the model's)")
-    add("--val-fraction", type=float, help="(default: as in training)")
+    add("--data", help="source of prompts and reference, see train.py; not given: the model's")
+    add("--val-fraction", type=float, help="not given: as in training")
     add("--reference", choices=("validation", "training", "all"), default="validation",
         help="which of the data's images to compare with")
-    add("--num-images", type=int, help="to draw (default: 1000 for accuracy alone, else 5000)")
+    add("--num-images", type=int, help="to draw; not given: 1000 for accuracy alone, else 5000")
     add("--guidance-scales", type=float, nargs="+", default=[DEFAULTS["guidance_scale"]],
         help="judge the model at each of these")
-    add("--metrics", nargs="+", choices=METRICS, help="(default: what suits the data)")
-    add("--inception-weights", help="torch-fidelity's weights (default: download)")
+    add("--metrics", nargs="+", choices=METRICS, help="not given: what suits the data")
+    add("--inception-weights", help="torch-fidelity's weights; not given: download")
     add("--inception-layer", choices=("64", "192", "768", "2048"), default="2048",
         help="width of the features; those below 2048 need fewer images, but give other figures")
     add("--clip-model", default="openai/clip-vit-large-patch14", help="of the CLIP score")
-    add("--output", type=Path, help="the results' parent folder (default: the run's)")
+    add("--output", type=Path, help="the results' parent folder; not given: the run's")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
     check_sampling(args, num_images=4, val_fraction=(0, 1))

@@ -464,7 +464,7 @@ def load_pretrained(load, name, subfolder, flag, **options):
     raise FileNotFoundError(
         f"{flag} {name}: no such folder, and not in the Hugging Face cache (HF_HOME="
         f"{os.environ.get('HF_HOME')}); name its folder, or run online: hf download {name}; "
-        "--text-encoder builtin and --vae none need no download") from errors[0]
+        "--preset tiny needs no download") from errors[0]
 
 
 def load_whole(kind, name, subfolder, flag, **options):

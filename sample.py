@@ -137,7 +137,7 @@ def check_sampling(flags, **ranges):
     check_ranges(flags, eta=(0, 1), guidance_rescale=(0, 1), seed=0, guidance_scale=(0, 100),
                  guidance_scales=(0, 100), batch_size=1, **ranges)
     require(flags.sampler in SAMPLERS, flags, "sampler", f"choose from {', '.join(SAMPLERS)}")
-    require(flags.sampler not in ("ddpm", "dpm++") or not flags.eta, flags, "eta",
+    require(flags.sampler == "ddim" or not flags.eta, flags, "eta",
             f"{flags.sampler} has none; add --sampler ddim")
 
 
@@ -368,8 +368,8 @@ def draw_into(folder, model, prompts, batch_size, **how):
     if not is_same:
         raise ValueError(f"--output {folder}: another call, or code that was changed since, made "
                          "these pictures; name a new folder")
-    bar = tqdm(total=how["steps"] * len(missing) // dist.get_world_size(), unit="step",
-               desc="sampling", disable=dist.get_rank() > 0)
+    bar = tqdm(total=how["steps"] * len(missing) // dist.get_world_size(), unit="",
+               desc=f"{len(missing)} pictures x {how['steps']} steps", disable=dist.get_rank() > 0)
     if dist.get_rank() == 0:
         models.write_atomically(record, lambda file: file.write(text.encode()))
     for numbers, pictures in draw_share(model, prompts, missing, batch_size, progress=bar.update,

@@ -499,8 +499,8 @@ def print_start(args, model, source, order, counts, folder, checkpoint, dtype):
     cut = model.text_encoder.count_cut(source.texts)
     peak = max(learning_rate(step, steps, args) for step in range(0, steps, 1 + steps // 10_000))
     rows = {
-        "run folder": folder, "starts from": checkpoint or args.init_from or "random weights",
-        "processes": ", ".join(f"{count} x {device}" for device, count in devices.items()),
+        "run folder": folder, "processes": ", ".join(f"{n} x {d}" for d, n in devices.items()),
+        "resumed" if checkpoint else "weights": checkpoint or args.init_from or "random",
         "data": f"{args.data}: {counts[0]:,} training and {counts[1]:,} validation images, "
                 f"{config.resolution} px",
         **source.report,
@@ -527,7 +527,7 @@ def end_run(args, state, folder, writer, prompt):
             (folder / "stop").write_text("finished")   # for whoever would start this again
         writer.close()
     if state.epoch < args.epochs:
-        print(f"stopped after {state.step} steps{by}; to go on: train.py --resume {folder}")
+        print(f"stopped after {state.step} steps{by}; go on with --resume {folder}")
     else:
         shown = shlex.quote("".join(filter(str.isprintable, prompt)))   # it may hold a command
         print(f"finished; draw: python sample.py --checkpoint {folder} --prompts {shown}")

@@ -78,7 +78,7 @@ def test_a_mistake_is_one_line_that_names_the_flag(tmp_path, places, monkeypatch
     """Each ends its script with exit code 2 and one line, and leaves nothing behind."""
     script, *flags = given.format(**places).split()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "formatwarning", None)   # run_main's own, to be given back
+    monkeypatch.setattr(warnings, "showwarning", None)   # run_main's own, to be given back
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"exit code {code}", False))
     with pytest.raises(pytest.fail.Exception, match="^exit code 2$"):
         data.run_main(partial(MAIN[script], ["--device", "cpu", *flags]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from models import BETA_SCHEDULES, PREDICTION_TYPES, PRESETS, ModelConfig, NoiseSchedule, build_unet
+from models import PREDICTION_TYPES, PRESETS, ModelConfig, NoiseSchedule, build_unet
 from sample import SAMPLERS, make_timesteps
 
 DIFFUSERS_BETAS = {
@@ -16,7 +16,7 @@ DIFFUSERS_BETAS = {
     "scaled_linear": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
     "cosine": dict(beta_schedule="squaredcos_cap_v2")}
 every_case = pytest.mark.parametrize("betas, prediction, zero", [
-    case for case in product(BETA_SCHEDULES, PREDICTION_TYPES, (False, True))
+    case for case in product(DIFFUSERS_BETAS, PREDICTION_TYPES, (False, True))
     if case[1:] != ("epsilon", True)])
 
 

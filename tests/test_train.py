@@ -305,7 +305,7 @@ def test_a_signal_saves_and_stops(tmp_path, flags, processes, seconds):
         job.process.wait(seconds + 120)
         text = job.text()
     step = newest(run)["step"]
-    assert f"stopped after {step} steps; to go on: train.py --resume {run}\n" in text
+    assert f"stopped after {step} steps; go on with --resume {run}\n" in text
     # torchrun ends with a traceback of its own, the ranks with none.
     assert "error: " not in text and text.count("Traceback") == processes - 1, text
     train.main(["--resume", run, "--max-steps", step + 2])
