@@ -209,6 +209,9 @@ def wilson_interval(k, n):
     return [min(1.0, max(0.0, (middle + sign * half) / (1 + z**2 / n))) for sign in (-1, 1)]
 
 
+# Whoever reads for the method may stop here; the rest is prompts, pictures and records.
+
+
 # Prompts, and the reference: pictures by number
 
 
@@ -344,7 +347,7 @@ def print_results(results):
 
 
 def parse_args(argv=None):
-    parser = data.Parser("Judge a model's pictures, or those of a folder.")
+    parser = data.Parser("Judge a model's pictures.")
     add = parser.add_argument_group("judging").add_argument
     add("--checkpoint", required=True, help="a run folder (its newest checkpoint) or a file")
     add("--data", help="source of prompts and reference, see train.py; not given: the model's")

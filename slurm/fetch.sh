@@ -16,7 +16,7 @@ from data import run_main
 
 
 def main():
-    _, config, *_ = train.parse_args(sys.argv[1:])
+    _, config, *_ = train.settle(train.parse_flags(sys.argv[1:]))
     judge = evaluate.parse_args(["--checkpoint", "none"])
     models.TextEncoder(config)
     models.ImageCodec(config)

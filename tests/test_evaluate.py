@@ -1,8 +1,15 @@
 """Evaluation: every figure against an independent calculation, and the same from any number of
 processes."""
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
 from argparse import Namespace
 from dataclasses import astuple
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +23,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 import data
 import evaluate
-from conftest import CPU, TINY, Job, make_pictures, run_ok, train_run
+from conftest import CPU, ROOT, TINY, Job, make_pictures, run_ok, train_run
 from data import SCENES
 from evaluate import Gaussian, frechet_distance
 from models import load_model
@@ -271,3 +278,34 @@ def test_captioned_data(real, inception, whole_clip, tmp_path, capsys):
     assert {"clip"} == record_in(tmp_path / "few")["results"][0].keys() & {*evaluate.METRICS}
     with pytest.raises(ValueError, match="^--metrics accuracy"):
         main(*flags, tmp_path, "--metrics", "accuracy")
+
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.mark.slow
+def test_what_is_in_the_cache_is_not_asked_of_the_hub(tmp_path, clip, vae, whole_clip, inception):
+    """slurm/fetch.sh finds all four networks in the cache, and calls no hub within reach."""
+    for name, folder in {"tiny--clip": clip, "tiny--vae": vae,
+                         "openai--clip-vit-large-patch14": whole_clip}.items():
+        place = tmp_path / f"hub/models--{name}"
+        shutil.copytree(folder, place / "snapshots" / COMMIT)
+        (place / "refs").mkdir()
+        (place / "refs/main").write_text(COMMIT)
+    weights = tmp_path / "torch/hub/checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    weights.parent.mkdir(parents=True)
+    shutil.copy(inception, weights)
+    asked = []
+
+    class Hub(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    flags = ["--data", "photos", "--text-encoder", "tiny/clip", "--vae", "tiny/vae"]
+    subprocess.run(["bash", "slurm/fetch.sh", *flags], cwd=ROOT, check=True, timeout=100, env={
+        **os.environ, "HF_HOME": str(tmp_path), "no_proxy": "*",
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert not [path for path in asked if "clip" in path or "vae" in path]   # others are of none

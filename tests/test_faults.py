@@ -372,7 +372,7 @@ def test_ctrl_c(tmp_path, flags, times):
         job.process.wait(60 if times == 1 else 8)
         assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
     assert [newest(path)["step"] for path in checkpoints(tmp_path / "run")] == [3][:2 - times]
-    assert ("go on: train.py --resume" in job.text()) == (times == 1)
+    assert ("go on with --resume" in job.text()) == (times == 1)
 
 
 # Files made to harm

@@ -135,7 +135,7 @@ def test_sigterm_through_torchrun_saves(tmp_path, pair):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--amp", "off", "--random-crop"],
+    ["--amp", "off"],
     pytest.param(["--amp", "fp16", "--accumulation", 2, "--flip"], marks=gpu_alone),
     ["--amp", "bf16", *COMPILE, "--cache-latents", "cache"],
     ["--amp", "bf16", *COMPILE, "--gradient-checkpointing", "--cache-latents", "cache"]])
@@ -144,8 +144,8 @@ def test_captioned_pictures(tmp_path, photos, clip, vae, flags):
     common = [*TINY, "--data", photos, "--text-encoder", clip, "--vae", vae, "--preset", "tiny",
               "--pixel-unshuffle", 1, "--batch-size", 8, "--val-fraction", 0, "--epochs", 3,
               "--lr", 1e-4]
-    data = [flag for flag in flags if flag in ("--random-crop", "--flip")]
-    cpu = losses(train_run(tmp_path, *common, *data, "--workers", 0), 9)
+    flip = ["--flip"] * ("--flip" in flags)
+    cpu = losses(train_run(tmp_path, *common, *flip, "--workers", 0), 9)
     gpu = losses(train_run(tmp_path, *common, *SMALL[-2:], "--workers", 2, *flags), 9)
     finite = {step: loss for step, loss in gpu.items() if loss == loss}   # float16 may skip a few
     assert len(finite) > 5
@@ -153,10 +153,10 @@ def test_captioned_pictures(tmp_path, photos, clip, vae, flags):
 
 
 def test_pictures_of_gpu_and_cpu_agree(tmp_path):
-    """Drawn from the same noise by a compiled network in bfloat16, and by the CPU in float32."""
+    """Drawn from the same noise by a network in bfloat16, and by the CPU in float32."""
     run = train_run(tmp_path, *SMALL, "--max-steps", 60)
     how = ["sample.py", "--checkpoint", run, "--prompts", "a large red circle on a gray background"]
-    for name, more in (("cpu", ["--device", "cpu"]), ("gpu", [*COMPILE, "--amp", "bf16"])):
+    for name, more in (("cpu", ["--device", "cpu"]), ("gpu", ["--amp", "bf16"])):
         run_ok(*how, *more, "--output", tmp_path / name)
     ours, theirs = (np.asarray(Image.open(tmp_path / name / "00000.png"), dtype=float)
                     for name in ("gpu", "cpu"))

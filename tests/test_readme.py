@@ -204,14 +204,14 @@ def test_four_changes(tmp_path):
 
 
 def test_flags_links_and_names(capsys):
-    """Every --flag of the page is in a script's help or another program's, linked files are there,
-    and every name in the equations' last column is defined."""
+    """Every --flag of the page and of test_gpu.py is in a script's help, or another program's, and
+    linked files are there, and every name in the equations' last column is defined."""
     for parse in (train.parse_flags, sample.parse_args, evaluate.parse_args):
         with pytest.raises(SystemExit):
             parse(["--help"])
-    known = capsys.readouterr().out + "--standalone --nproc_per_node --max-restarts --local-addr"
-    assert not [flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)
-                if flag not in known + "--logdir"]
+    seen = capsys.readouterr().out + "--standalone --nproc_per_node --max-restarts --logdir --small"
+    text = README + (ROOT / "tests/test_gpu.py").read_text()
+    assert not [flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", text) if flag not in seen]
     files = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert files and all((ROOT / file).exists() for file in files)
     code = "".join(path.read_text() for path in ROOT.glob("*.py"))

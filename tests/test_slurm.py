@@ -126,8 +126,7 @@ def test_orderly_stops_lose_nothing(slurm, plain, flags):
     update = "scontrol", "update", f"JobId={job}"
     stops = [   # a command, and what Slurm says of the job when it has taken effect
         ([*update, "TimeLimit=10"], lambda now: now["RunTime"] > "00:00:54"),   # for the next turns
-        (["scancel", "--signal=USR2", job], bool),
-        (["scontrol", "requeue", job], bool),
+        (["scancel", "--signal=USR2", job], bool), (["scontrol", "requeue", job], bool),
         (URGENT, lambda now: now["PreemptTime"] != "None"),
         ([*update, "EndTime=now"], lambda now: now["Reason"] == "TimeLimit")]
     for turn, (command, is_done) in enumerate(stops, start=1):
