@@ -191,7 +191,8 @@ LAYOUTS = {key: IMAGES | {name: lines(*header or [None], row)} for key, name, *h
     "coco2017": coco(2017), "coco2014": coco(2014, "COCO_{}2014_"),
     "coco_train_only": coco(2017, present=["train"]),
     # Hugging Face
-    "hf_root_csv": FLAT | {"metadata.csv": CSV}, "hf_splits_jsonl": of_parts(
+    "hf_root_csv": FLAT | {"metadata.csv": CSV},
+    "hf_splits_jsonl": of_parts(
         "{}/metadata.jsonl", None, '{"file_name": "<n>.png", "text": "<caption>"}') | {
         f"{part}/{n:04d}.png": picture(n) for part in PARTS for n in PARTS[part]},
     "hub_cache": {f"blobs/{n}": picture(n) for n in range(N)} | {"blobs/m": CSV} | {
@@ -299,7 +300,8 @@ LAYOUTS = {key: IMAGES | {name: lines(*header or [None], row)} for key, name, *h
     # Links, to the layouts above
     "link_images_folder": {"Images": Path("../flickr8k_kaggle/Images"), "captions.txt": FIVE},
     "link_each_image": {name: Path("../../flickr8k_kaggle") / name for name in FLICKR} | {
-        "captions.txt": FIVE}, "link_whole": {"": Path("flickr8k_kaggle")},
+        "captions.txt": FIVE},
+    "link_whole": {"": Path("flickr8k_kaggle")},
     "link_captions": FLICKR | {"captions.txt": Path("../flickr8k_kaggle/captions.txt")},
     "link_class_folders": {str(k): Path(f"../mnist_classes/{k}") for k in range(10)},
     "link_circle": KAGGLE | {"Images/up": Path(".."), "again": Path("Images")},

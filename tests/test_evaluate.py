@@ -280,18 +280,15 @@ def test_captioned_data(real, inception, whole_clip, tmp_path, capsys):
         main(*flags, tmp_path, "--metrics", "accuracy")
 
 
-COMMIT = "0123456789" * 4
-
-
 @pytest.mark.slow
 def test_what_is_in_the_cache_is_not_asked_of_the_hub(tmp_path, clip, vae, whole_clip, inception):
     """slurm/fetch.sh finds all four networks in the cache, and calls no hub within reach."""
     for name, folder in {"tiny--clip": clip, "tiny--vae": vae,
                          "openai--clip-vit-large-patch14": whole_clip}.items():
         place = tmp_path / f"hub/models--{name}"
-        shutil.copytree(folder, place / "snapshots" / COMMIT)
+        shutil.copytree(folder, place / "snapshots" / ("0" * 40))
         (place / "refs").mkdir()
-        (place / "refs/main").write_text(COMMIT)
+        (place / "refs/main").write_text("0" * 40)   # a commit
     weights = tmp_path / "torch/hub/checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     weights.parent.mkdir(parents=True)
     shutil.copy(inception, weights)

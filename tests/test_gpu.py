@@ -144,8 +144,7 @@ def test_captioned_pictures(tmp_path, photos, clip, vae, flags):
     common = [*TINY, "--data", photos, "--text-encoder", clip, "--vae", vae, "--preset", "tiny",
               "--pixel-unshuffle", 1, "--batch-size", 8, "--val-fraction", 0, "--epochs", 3,
               "--lr", 1e-4]
-    flip = ["--flip"] * ("--flip" in flags)
-    cpu = losses(train_run(tmp_path, *common, *flip, "--workers", 0), 9)
+    cpu = losses(train_run(tmp_path, *common, *["--flip"] * ("--flip" in flags), "--workers", 0), 9)
     gpu = losses(train_run(tmp_path, *common, *SMALL[-2:], "--workers", 2, *flags), 9)
     finite = {step: loss for step, loss in gpu.items() if loss == loss}   # float16 may skip a few
     assert len(finite) > 5

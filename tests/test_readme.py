@@ -23,7 +23,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 # Not run here: the environment is what .ci/run makes, pytest would run this test again, and
 # TensorBoard serves until it is stopped.
-NOT_RUN = ("npm", "python3 -m venv", ". .venv", "pip install", "pytest", "tensorboard")
+NOT_RUN = ("python3 -m venv", ". .venv", "pip install", "pytest", "tensorboard")
 # What keeps a command short, by what it contains; a later flag wins over an earlier one.
 STEP = [*TINY, "--batch-size", "4", "--max-steps", "1", "--workers", "0", "--val-fraction", "0.2"]
 SHORT = {
